@@ -1,4 +1,6 @@
-"""Every error Anchorwatch raises, in one tree. Each says what is wrong and the cure; `retry` says whether trying again can help.
+"""Every error Anchorwatch raises, in one tree.
+
+Each says what is wrong and the cure; `retry` says whether trying again can help.
 
 ::
 
