@@ -7,6 +7,7 @@ with uncompressed entries, so that the file's size bounds what is read from it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import re
@@ -26,14 +27,18 @@ MAX_DEPTH = 16
 ASK = "fetch the file again from where it was published; if it stays so, ask its publisher for safetensors"
 
 
-def read_published(path: Path, *, max_bytes: int = MAX_BYTES) -> object:
+def read_published(path: Path, *, sha256: str | None = None, max_bytes: int = MAX_BYTES) -> object:
     """What the file holds: tensors as float32 arrays, within the dicts, lists, strings and numbers around them.
 
+    `sha256`, where given, is the hex digest that the file must have.
+
     Raises:
-        BundleCorrupt: unreadable, truncated, too large, in an old format, or a pickle that needs more than tensors and
-            plain containers, which could run code.
+        BundleCorrupt: unreadable, damaged, too large, not the pinned file, in an old format, or a pickle that needs
+            more than tensors and plain containers, which could run code.
     """
     data = _read(path, max_bytes)
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
+        raise BundleCorrupt(f"{path} has the sha256 {found}, not the pinned {sha256}", cure=ASK)
     _check_archive(path, data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -73,11 +78,14 @@ def _check_archive(path: Path, data: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
-        # The formats before zip were loadable in unsafe ways even with the restricted reader of older torch releases.
-        raise BundleCorrupt(f"{path} is truncated, or not in torch's zip format: {error}", cure=ASK) from error
+            damaged = None if packed else archive.testzip()  # torch itself does not look at the check sums
+    except Exception as error:
+        # Also the formats before zip, which older torch releases could be made to run in spite of weights_only.
+        raise BundleCorrupt(f"{path} is truncated, damaged, or not in torch's zip format", cure=ASK) from error
     if packed:
         raise BundleCorrupt(f"{path} has compressed entries, which torch never writes: {packed[:3]}", cure=ASK)
+    if damaged:
+        raise BundleCorrupt(f"{path} is damaged: the check sum of {damaged} does not match", cure=ASK)
 
 
 def _plain(path: Path, content: object, room: _Room, depth: int = 0) -> object:
