@@ -12,7 +12,7 @@ It knows the file format and what must hold of the numbers; not how they are mad
 tensor             shape                        meaning
 =================  ===========================  ==========================================================
 `axis`             [layers, hidden]             mean default minus mean role activation, not normalised:
-                                                points *towards* the Assistant (arXiv 2601.10387, section 3)
+                                                points *towards* the Assistant (arXiv 2601.10387)
 `persona_axis`     [layers, hidden]             `axis` with the style directions projected out
 `styles`           [layers, styles, hidden]     what the default Assistant's activation gains in each style
 `default_mean`     [layers, hidden]             mean default activation

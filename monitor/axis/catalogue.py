@@ -9,7 +9,7 @@ It knows nothing of models or activations. One directory of four JSON files:
     styles.json       [{"style", "text"}], healthy requests that move a response without moving the persona
     defaults.json     [neutral system prompts]
 
-Roles, number of prompts and number of questions follow arXiv 2601.10387, section 2; every word here is our own.
+Roles, number of prompts and number of questions follow arXiv 2601.10387; every word here is our own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It works on numbers that were already read (`collectors.published` reads the `.pt` files, safely) and knows no files.
 
-**The sign.** The paper caps with a *floor* (arXiv 2601.10387, section 5): with unit `v` and threshold `t`,
+**The sign.** The paper caps with a *floor* (arXiv 2601.10387): with unit `v` and threshold `t`,
 `h <- h - v * min(<h, v> - t, 0)`. The code published with it clamps from *above*:
 `h <- h - w * max(<h, w> - cap, 0)`. The two are the same exactly when `w = -v` and `cap = -t`, so a published vector
 should point *away* from the Assistant. Had it been stored the other way round, that clamp would push the model away
