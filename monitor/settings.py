@@ -1,0 +1,201 @@
+"""Every setting of Anchorwatch, read from ANCHORWATCH_* variables; all that is wrong is told at once, with the cure.
+
+It knows nothing of what the settings do. The installation key lives here too, since it is a setting that makes itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import platformdirs
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from monitor.database import sqlite_path, sqlite_url
+from monitor.errors import ConfigurationError
+
+__all__ = ["Settings", "installation_key", "load_settings"]
+
+PREFIX = "ANCHORWATCH_"
+KEY_FILE = "installation.key"
+KEY_BYTES = 32
+
+
+def _known_backend(url: str) -> str:
+    """Refuse a URL that no backend serves; empty is the default's place-holder."""
+    if url and urlsplit(url).scheme != "sqlite":
+        raise ValueError("must be sqlite:///absolute/path/to/file.db")
+    if url:
+        try:
+            sqlite_path(url)
+        except ConfigurationError as error:
+            raise ValueError(error.cure) from error
+    return url
+
+
+def _long_enough(key: SecretStr | None) -> SecretStr | None:
+    if key is not None and len(key.get_secret_value()) < KEY_BYTES:
+        raise ValueError(f"must have at least {KEY_BYTES} characters; `openssl rand -hex {KEY_BYTES}` makes one")
+    return key
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+Url = Annotated[str, AfterValidator(_known_backend)]
+
+
+class Settings(BaseSettings):
+    """All settings. The variable of each is its name in capitals behind ANCHORWATCH_; an empty one counts as unset."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid")
+
+    data_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("anchorwatch"),
+        description="Directory of the embedded log and store, and of the installation key.",
+    )
+    log_url: Url = Field(
+        default="", description="Where records wait: sqlite:///absolute/path. By default log.db in the data directory."
+    )
+    store_url: Url = Field(
+        default="",
+        description="Where results are kept: sqlite:///absolute/path. By default store.db in the data directory.",
+    )
+    installation_key: Annotated[SecretStr | None, AfterValidator(_long_enough)] = Field(
+        default=None,
+        description="Secret, at least 32 characters, from which conversation ids are derived. All collectors of one "
+        "installation need the same. By default made once and kept in the data directory.",
+    )
+    deployment: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="Name of the population that responses are judged against. By default the model's name.",
+    )
+    queue_size: int = Field(
+        default=10_000, ge=1, le=10_000_000, description="How many projections a collector may hold in memory."
+    )
+    when_full: Literal["drop_newest", "drop_oldest", "block"] = Field(
+        default="drop_newest",
+        description="What a collector does when its queue is full: drop_newest, drop_oldest, or block, which slows "
+        "generation down.",
+    )
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port of the Prometheus metrics. By default they are not served."
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = Field(
+        default="info", description="Least severe log line to write: debug, info, warning, error or critical."
+    )
+    log_format: Annotated[Literal["json", "console"], BeforeValidator(_lower)] = Field(
+        default="console", description="Form of log lines: console for people, json for machines."
+    )
+    session_gap_seconds: float = Field(
+        default=86_400.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A silence longer than this, in event time, starts a conversation anew.",
+    )
+    batch_size: int = Field(default=500, ge=1, le=10_000, description="How many records a worker folds in one commit.")
+
+    @model_validator(mode="after")
+    def _places(self) -> Settings:
+        self.data_dir = self.data_dir.expanduser().absolute()
+        self.log_url = self.log_url or sqlite_url(self.data_dir / "log.db")
+        self.store_url = self.store_url or sqlite_url(self.data_dir / "store.db")
+        if self.log_url == self.store_url:
+            raise ValueError("log_url and store_url name one file; give each its own")
+        return self
+
+
+def load_settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        ConfigurationError: lists every wrong value and every ANCHORWATCH_* variable that is no setting.
+    """
+    names = {PREFIX + name.upper() for name in Settings.model_fields}
+    problems = []
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(PREFIX) and variable.upper() not in names:
+            near = difflib.get_close_matches(variable.upper(), names, n=1)
+            problems.append(f"{variable}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    settings = None
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_context=False):
+            problems.append(_told(problem["loc"], problem["msg"], problem["input"]))
+    if settings is None or problems:
+        raise ConfigurationError(
+            f"{len(problems)} setting{'s are' if len(problems) > 1 else ' is'} wrong:\n  - " + "\n  - ".join(problems),
+            cure="correct or unset the variables named above",
+        )
+    return settings
+
+
+def _told(location: tuple[int | str, ...], message: str, value: object) -> str:
+    """One problem in a line. A secret's value is never repeated."""
+    text = message[0].lower() + message[1:]
+    if not location:
+        return text
+    field = str(location[0])
+    got = "" if field == "installation_key" else f" (got {value!r})"
+    return f"{PREFIX}{field.upper()}: {text}{got}"
+
+
+def installation_key(settings: Settings) -> bytes:
+    """The key from which conversation ids are derived; made at the first call and kept, readable by its owner only.
+
+    Raises:
+        ConfigurationError: the key file can't be written, is readable by others, or is damaged. It is never replaced
+            silently, because every derived conversation id would change.
+    """
+    if settings.installation_key is not None:
+        return settings.installation_key.get_secret_value().encode()
+    path = settings.data_dir / KEY_FILE
+    try:
+        if not path.exists():
+            _make_key(path)
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="ascii").strip()
+        key = bytes.fromhex(text)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the installation key {path} can't be read or made: {error.strerror}",
+            cure="let this user write to ANCHORWATCH_DATA_DIR, or set ANCHORWATCH_INSTALLATION_KEY",
+        ) from error
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ConfigurationError(
+            f"the installation key {path} is damaged",
+            cure="restore it from a copy. Deleting it makes a new one, and every conversation id derived from now on "
+            "differs from the old ones",
+        ) from None
+    if os.name == "posix" and mode & 0o077:
+        raise ConfigurationError(f"other users can read the installation key {path}", cure=f"chmod 600 {path}")
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Write a whole key and then give it its name, so that two processes at their first start agree on one."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=KEY_FILE)  # 0600
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(KEY_BYTES) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # A link fails where the name is taken; a rename would put a second key in the first one's place.
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        Path(name).unlink()

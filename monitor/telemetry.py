@@ -1,0 +1,106 @@
+"""Every Prometheus instrument, in one registry, and the set-up of structured logging.
+
+It knows nothing of who measures. Labels are bounded: no conversation, no model and no text ever becomes one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = [
+    "BATCH_SECONDS",
+    "COMMITS",
+    "DEAD_LETTER_RECORDS",
+    "FINDINGS",
+    "LAG",
+    "LISTENER_ERRORS",
+    "PUBLISHER_DROPPED",
+    "PUBLISHER_QUEUE_DEPTH",
+    "REGISTRY",
+    "RESPONSES",
+    "RESPONSES_UNSCORED",
+    "TAP_ERRORS",
+    "WORKER_PAUSED",
+    "configure_logging",
+]
+
+REGISTRY = CollectorRegistry(auto_describe=True)
+
+# The worker.
+RESPONSES = Counter(
+    "anchorwatch_responses_total",
+    "Responses folded and committed, by what the fold did with them",
+    ["outcome"],
+    registry=REGISTRY,
+)
+FINDINGS = Counter(
+    "anchorwatch_findings_total", "Findings committed, by kind and severity", ["kind", "severity"], registry=REGISTRY
+)
+DEAD_LETTER_RECORDS = Counter(
+    "anchorwatch_dead_letters_total", "Records sent to the dead letters, by reason", ["reason"], registry=REGISTRY
+)
+COMMITS = Counter("anchorwatch_commits_total", "Batches by result: committed or refused", ["result"], registry=REGISTRY)
+WORKER_PAUSED = Gauge(
+    "anchorwatch_worker_paused",
+    "1 while a partition is not being read, by reason: poison or unavailable",
+    ["partition", "reason"],
+    registry=REGISTRY,
+)
+BATCH_SECONDS = Histogram(
+    "anchorwatch_batch_seconds",
+    "Seconds from reading a batch to its commit",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+    registry=REGISTRY,
+)
+LAG = Gauge("anchorwatch_lag_records", "Records in the log that are not folded yet", ["partition"], registry=REGISTRY)
+LISTENER_ERRORS = Counter(
+    "anchorwatch_listener_errors_total", "Live displays that failed on a committed response", registry=REGISTRY
+)
+
+# The collector.
+PUBLISHER_DROPPED = Counter(
+    "anchorwatch_publisher_dropped_total",
+    "Projections that never reached the log, by reason",
+    ["reason"],
+    registry=REGISTRY,
+)
+PUBLISHER_QUEUE_DEPTH = Gauge(
+    "anchorwatch_publisher_queue_depth", "Projections waiting to be written to the log", registry=REGISTRY
+)
+TAP_ERRORS = Counter(
+    "anchorwatch_tap_errors_total", "Exceptions inside the tap, which then disables itself", registry=REGISTRY
+)
+RESPONSES_UNSCORED = Counter(
+    "anchorwatch_responses_unscored_total", "Responses without a projection, by reason", ["reason"], registry=REGISTRY
+)
+
+
+def configure_logging(
+    level: Literal["debug", "info", "warning", "error", "critical"] = "info",
+    format: Literal["json", "console"] = "console",
+) -> None:
+    """Send every log line to stderr, so that stdout stays free for results.
+
+    `json` writes one object a line. Tracebacks never show local variables: those may hold conversation text.
+    """
+    last: list[structlog.typing.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if format == "json"
+        else [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *last,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
