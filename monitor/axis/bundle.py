@@ -43,12 +43,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from monitor.axis.readout import Readout
 from monitor.axis.record import (
     REBUILD,
     BundleInfo,
     Canary,
     ModelFacts,
-    Readout,
     decode_info,
     encode_info,
     seal,

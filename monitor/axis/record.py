@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from monitor.axis.readout import Readout
 from monitor.errors import BundleCorrupt
 
-__all__ = ["SCHEMA_VERSION", "BundleInfo", "Canary", "ModelFacts", "Readout", "decode_info", "encode_info", "seal"]
+__all__ = ["SCHEMA_VERSION", "BundleInfo", "Canary", "ModelFacts", "decode_info", "encode_info", "seal"]
 
 SCHEMA_VERSION = "1.0"
 REBUILD = "restore the bundle from where it came from, or rebuild it with `anchorwatch axis build`"
@@ -49,16 +50,6 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     layers: Count
     hidden: Count
     dtype: str
-
-
-class Readout(Struct, frozen=True, kw_only=True):
-    """What the detector reads: weights for measured directions, in the response and at the last prompt token.
-
-    The value is the sum of weight x coordinate over both maps; like the axis, it is low when the persona drifts.
-    """
-
-    coordinates: dict[str, float] = {}
-    prompt: dict[str, float] = {}
 
 
 class Canary(Struct, frozen=True, kw_only=True):
