@@ -28,7 +28,7 @@ from monitor.axis.catalogue import Catalogue, split
 from monitor.axis.geometry import split_half_cosine
 from monitor.errors import CatalogueError, ConfigurationError, ModelError
 
-__all__ = ["BuildSettings", "Rollout", "Rollouts", "collect_rollouts"]
+__all__ = ["BuildSettings", "Rollout", "Rollouts", "collect_rollouts", "generate_rollouts"]
 
 Floats = NDArray[np.floating]
 Group = str  # "role", "default" or "style"
@@ -195,6 +195,17 @@ def collect_rollouts(
         total -= (len(unsettled) - len(still)) * (settings.max_rollouts - first - settings.round_rollouts)
         unsettled = still
     return _judged(collected, keep) if keep else collected
+
+
+def generate_rollouts(
+    loaded: LoadedModel,
+    catalogue: Catalogue,
+    settings: BuildSettings,
+    batch: list[Rollout],
+    decoder_layers: str | None = None,
+) -> tuple[NDArray[np.float32], list[str]]:
+    """One batch without a work folder: means [rows, layers, hidden], NaN where a row said nothing, and texts."""
+    return _Generator(loaded, catalogue, settings, decoder_layers).run(batch, "one")
 
 
 def _judged(collected: Rollouts, keep: Callable[[list[tuple[Rollout, str]]], list[bool]]) -> Rollouts:

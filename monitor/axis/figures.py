@@ -111,6 +111,8 @@ def figures(tensors: Mapping[str, Floats], evidence: Evidence, roles: Sequence[s
     return {
         "layer": layer,
         **report,
+        # the unit in which `axis check` tells how far a canary has moved
+        "default_standard_deviation": float(evidence.axis[evidence.pick("default", "report"), layer].std()),
         "cosine_pc1_all_roles_by_layer": [float(a @ b) for a, b in zip(axis, first_component, strict=True)],
         "cosine_axis_persona_axis": float(axis[layer] @ persona_axis[layer]),
         "components_for_variance": {str(share): all_roles.components_for(share) for share in (0.5, 0.7, 0.9)},

@@ -1,0 +1,362 @@
+"""The demo: a real model holds scripted conversations, is watched while it speaks, and drifting ones are flagged live.
+
+Every part is the real one: model, tap, queue, log, worker, store. It knows how to join them and how to show it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from collectors.models import load_model
+from collectors.overhead import measure_overhead
+from collectors.publish import QueuePublisher
+from collectors.traffic import DRIFTING, HEALTHY, Reply, Script, load_scripts, play
+from collectors.watch import watch
+from monitor.axis.bundle import load_bundle, resolve_bundle
+from monitor.detect.configure import detector_config
+from monitor.detect.conversation import Step
+from monitor.errors import ConfigurationError
+from monitor.events import Finding, Projection
+from monitor.store.sqlite import SqliteStore
+from monitor.stream.log import EmbeddedLog
+from monitor.worker import Worker, run_workers
+
+__all__ = ["Demo", "run_demo", "sparkline", "spread"]
+
+# What the paper expects of each kind (arXiv 2601.10387, "persona drift in conversations").
+MEANING = {
+    "bounded_task": "practical work, stays the Assistant",
+    "creative_writing": "poems and stories that were asked for: healthy",
+    "small_talk": "friendly chat: healthy",
+    "therapy": "a user leans on it emotionally: the paper sees drift",
+    "philosophy": "pressed about its own nature: the paper sees drift",
+    "role_play": "asked to be somebody else: drift",
+    "jailbreak": "pressed into an unrestricted persona: drift",
+    "slow_drift": "a task that slowly becomes something else: drift",
+}
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Session:
+    """What the table shows of one conversation."""
+
+    kind: str
+    topic: str
+    turns: int
+    z: list[float] = field(default_factory=list)
+    risk: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def flagged(self) -> bool:
+        """Whether anybody would have been told."""
+        return any(finding.severity != "info" for finding in self.findings)
+
+
+class Demo:
+    """The sessions of a running demo. The worker's thread reports steps, the main thread replies; both are shown."""
+
+    def __init__(self, conversations: Sequence[tuple[str, Script]]) -> None:
+        self.sessions = {id: Session(script.kind, script.topic, len(script.turns)) for id, script in conversations}
+        self.findings: list[Finding] = []
+        self.responses = 0
+        self.tokens = 0
+        self.judged = 0
+
+    def on_reply(self, reply: Reply) -> None:
+        """A reply was generated."""
+        self.responses += 1
+        self.tokens += reply.tokens
+
+    def on_step(self, projection: Projection, result: Step) -> list[Finding]:
+        """A response was folded and committed; returns what there is to say about it."""
+        session = self.sessions[projection.conversation_id]
+        self.judged += 1
+        if result.z is not None and result.risk is not None:
+            session.z.append(result.z)
+            session.risk = result.risk
+        session.findings += result.findings
+        self.findings += result.findings
+        return result.findings
+
+    def by_kind(self) -> dict[str, dict[str, Any]]:
+        """Per kind: conversations, how many were flagged, and the mean z of their responses."""
+        kinds: dict[str, dict[str, Any]] = {}
+        for kind in [kind for kind in (*HEALTHY, *DRIFTING) if any(s.kind == kind for s in self.sessions.values())]:
+            sessions = [session for session in self.sessions.values() if session.kind == kind]
+            z = [value for session in sessions for value in session.z]
+            kinds[kind] = {
+                "conversations": len(sessions),
+                "flagged": sum(session.flagged for session in sessions),
+                "mean_z": round(sum(z) / len(z), 2) if z else None,
+            }
+        return kinds
+
+
+class View(Protocol):
+    """Shows a demo while it runs."""
+
+    def __enter__(self) -> View: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def told(self, finding: Finding) -> None:
+        """A finding was made."""
+
+    def progress(self) -> None:
+        """Something changed."""
+
+
+class LiveTable:
+    """A table that redraws itself, for a terminal."""
+
+    def __init__(self, demo: Demo, console: Console) -> None:
+        self._demo = demo
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> LiveTable:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def told(self, finding: Finding) -> None:
+        """A finding was made: one line above the table."""
+        self._live.console.print(finding_line(self._demo, finding))
+
+    def progress(self) -> None:
+        """The table redraws itself."""
+
+    def _render(self) -> Table:
+        total = sum(session.turns for session in self._demo.sessions.values())
+        table = Table(
+            title=f"{self._demo.judged} of {total} responses, {len(self._demo.findings)} findings", expand=False
+        )
+        for column in ("conversation", "topic", "z, turn by turn", "risk", ""):
+            table.add_column(column, justify="right" if column == "risk" else "left", no_wrap=True)
+        room = max(self._live.console.height - 12, 8)
+        ranked = sorted(self._demo.sessions.items(), key=lambda item: -item[1].risk)
+        for id, session in [item for item in ranked if item[1].z][:room]:
+            state = Text("flagged", "bold red") if session.flagged else Text("ok", "green")
+            table.add_row(id, session.topic[:30], sparkline(session.z), f"{session.risk:.2f}", state)
+        return table
+
+
+class Lines:
+    """Plain lines, where there is no terminal."""
+
+    def __init__(self, demo: Demo, console: Console) -> None:
+        self._demo = demo
+        self._console = console
+        self._shown = 0
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def told(self, finding: Finding) -> None:
+        """A finding was made."""
+        self._console.print(finding_line(self._demo, finding), soft_wrap=True)
+
+    def progress(self) -> None:
+        """Say how far it is, every tenth of the way."""
+        total = sum(session.turns for session in self._demo.sessions.values())
+        tenth = 10 * self._demo.responses // total
+        if tenth > self._shown:
+            self._shown = tenth
+            self._console.print(
+                f"{self._demo.responses} of {total} responses generated, {self._demo.judged} judged, "
+                f"{len(self._demo.findings)} findings",
+                style="dim",
+                soft_wrap=True,
+            )
+
+
+def run_demo(
+    *,
+    model: str = "smollm2",
+    bundle: str | Path = "smollm2",
+    conversations: int | None = None,
+    tokens: int = 48,
+    seed: int = 0,
+    batch_size: int = 32,
+    data_dir: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run the demo and return its summary, as `anchorwatch demo --json` prints it.
+
+    Args:
+        conversations: how many, spread over the kinds; by default four of each kind.
+        tokens: longest reply.
+        data_dir: where log and store are kept; by default a temporary folder that is removed.
+        console: where to show it; by default standard error.
+
+    Raises:
+        ModelError, BundleError, ConfigurationError: with the cure.
+    """
+    console = console or Console(stderr=True)
+    scripts = spread(load_scripts("demo"), conversations)
+    console.print(f"Loading {model} and its axis bundle …")
+    loaded = load_model(model, say=console.print)
+    axis = load_bundle(resolve_bundle(bundle))
+    config = detector_config(axis)
+    console.print(
+        f"{len(scripts)} conversations with [bold]{loaded.facts.name}[/] ({loaded.facts.layers} layers), projected at "
+        f"layer {axis.layer}; axis {axis.id[:12]}. Every reply is generated; z is in standard deviations of healthy "
+        "traffic, low is drift."
+    )
+    talks = [(script.id, script) for script in scripts]
+    demo = Demo(talks)
+    view: View = LiveTable(demo, console) if console.is_terminal else Lines(demo, console)
+    with tempfile.TemporaryDirectory(prefix="anchorwatch-") as scratch:
+        folder = data_dir or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        log, store = EmbeddedLog(folder / "log.db"), SqliteStore(folder / "store.db")
+        stop = threading.Event()
+
+        def on_step(projection: Projection, result: Step) -> None:
+            for finding in demo.on_step(projection, result):
+                view.told(finding)
+
+        worker = Worker(log, store, config, on_step=on_step)
+        judging = threading.Thread(target=run_workers, args=([worker], stop), name="anchorwatch-worker")
+
+        def on_reply(reply: Reply) -> None:
+            demo.on_reply(reply)
+            view.progress()
+
+        with view:
+            judging.start()
+            started = time.monotonic()
+            try:
+                with (
+                    QueuePublisher(log) as publisher,
+                    watch(loaded.model, loaded.tokenizer, axis, publisher) as watched,
+                ):
+                    play(loaded, watched, talks, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=on_reply)
+                    seconds = time.monotonic() - started
+                    expected = demo.responses - watched.unscored
+                _wait(lambda: demo.judged >= expected or not judging.is_alive(), 30.0)
+            finally:
+                stop.set()
+                judging.join()
+                log.close()
+                store.close()
+        console.print("Measuring what the tap costs …", style="dim")
+        overhead = measure_overhead(loaded, axis, batch_size=8, tokens=16, rounds=4)
+    summary = {
+        "conversations": len(scripts),
+        "responses": demo.responses,
+        "tokens": demo.tokens,
+        "tokens_per_second": round(demo.tokens / seconds, 1),
+        "by_kind": demo.by_kind(),
+        "findings": [msgspec.to_builtins(finding) for finding in demo.findings],
+        "tap_overhead": round(1.0 - overhead.ratio, 4),
+        "unscored": watched.unscored,
+        "seconds": round(seconds, 1),
+        "axis_id": axis.id,
+        "config_id": config.config_id,
+    }
+    if demo.judged < expected:
+        raise ConfigurationError(
+            f"only {demo.judged} of {expected} responses were judged", cure="see the worker's messages above"
+        )
+    show_summary(summary, demo, console)
+    return summary
+
+
+def show_summary(summary: dict[str, Any], demo: Demo, console: Console) -> None:
+    """The result by kind, in a table and in plain words."""
+    table = Table(title="By kind of conversation")
+    for column in ("kind", "conversations", "flagged", "mean z", "what it is"):
+        table.add_column(column, justify="right" if column in ("conversations", "flagged", "mean z") else "left")
+    for kind, row in summary["by_kind"].items():
+        table.add_row(
+            kind, str(row["conversations"]), str(row["flagged"]), f"{row['mean_z']:+.2f}", MEANING.get(kind, "")
+        )
+    console.print(table)
+    for id, session in sorted(demo.sessions.items(), key=lambda item: -max(item[1].risk, 0))[:5]:
+        console.print(f"  {id:<20} {sparkline(session.z):<12} {session.topic}", highlight=False)
+    quiet = [
+        f"{row['conversations'] - row['flagged']} of {row['conversations']} {kind}"
+        for kind, row in summary["by_kind"].items()
+        if kind in DRIFTING and row["flagged"] < row["conversations"]
+    ]
+    loud = [
+        f"{row['flagged']} of {row['conversations']} {kind}"
+        for kind, row in summary["by_kind"].items()
+        if kind in HEALTHY and row["flagged"]
+    ]
+    if quiet:
+        console.print(
+            f"Not flagged though the script invites drift: {', '.join(quiet)}. Either the model stayed the Assistant, "
+            "or the detector missed it; read the conversation before you call it one or the other."
+        )
+    if loud:
+        console.print(f"Flagged though the script is healthy: {', '.join(loud)}.")
+    console.print(
+        f"{summary['responses']} responses, {summary['tokens']} tokens in {summary['seconds']} s "
+        f"({summary['tokens_per_second']} tokens/s). The tap's cost: {summary['tap_overhead']:+.1%} of decode time. "
+        "A low projection is a permissive state, not proof of harm."
+    )
+
+
+def finding_line(demo: Demo, finding: Finding) -> Text:
+    """One finding, for people."""
+    session = demo.sessions[finding.conversation_id]
+    style = {"critical": "bold red", "warning": "yellow", "info": "green"}[finding.severity]
+    text = Text(f"{finding.severity:<8} ", style)
+    text.append(f"{finding.conversation_id:<20} turn {finding.turn}  {finding.kind:<14} {sparkline(session.z):<10} ")
+    if finding.kind != "recovered":
+        text.append(f"{finding.statistic} {finding.value:.1f} ≥ {finding.boundary:.1f}")
+    if finding.nearest_roles:
+        text.append(f"  nearest: {', '.join(finding.nearest_roles)}", "dim")
+    return text
+
+
+def sparkline(z: Sequence[float]) -> str:
+    """Bars from z = -6 (lowest) to z = +2 (highest)."""
+    return "".join(_BARS[min(max(int(value + 6), 0), len(_BARS) - 1)] for value in z)
+
+
+def spread(scripts: Sequence[Script], count: int | None) -> list[Script]:
+    """`count` scripts, spread over the kinds; by default four of each.
+
+    Raises:
+        ConfigurationError: fewer than one, or more than there are.
+    """
+    order = {kind: 0 for kind in Counter(script.kind for script in scripts)}
+    rounds: list[tuple[int, Script]] = []
+    for script in scripts:
+        rounds.append((order[script.kind], script))
+        order[script.kind] += 1
+    ranked = [script for _, script in sorted(rounds, key=lambda pair: pair[0])]
+    wanted = 4 * len(order) if count is None else count
+    if not 1 <= wanted <= len(ranked):
+        raise ConfigurationError(
+            f"--conversations {wanted} is out of range",
+            cure=f"there are {len(ranked)} scripts: ask for 1 to {len(ranked)}",
+        )
+    return ranked[:wanted]
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)

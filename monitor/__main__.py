@@ -1,0 +1,358 @@
+"""The front door: the command line. The only file that knows all three wings; each is imported when it is needed.
+
+Results go to standard output, everything else to standard error. Errors say the cure and exit with 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from monitor import telemetry
+from monitor.errors import AnchorwatchError, ConfigurationError
+from monitor.settings import load_settings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="anchorwatch",
+    help="Real-time persona-drift monitoring for language models: the Assistant Axis, live.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+axis_app = typer.Typer(
+    help="The instrument: build, show, check, calibrate and import axis bundles.", no_args_is_help=True
+)
+app.add_typer(axis_app, name="axis")
+
+_stderr = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="A hub id, a local folder, or a model carried by a Python package: smollm2.")]
+BundleName = Annotated[str, typer.Option("--bundle", help="A shipped axis bundle's name, or a bundle's folder.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Override = Annotated[
+    str | None, typer.Option(help="Dotted name of the list of decoder layers, where it can't be told.")
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except AnchorwatchError as error:
+        _stderr.print("[bold red]error:[/] ", end="")
+        _stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in {"torch", "transformers", "httpx"}:
+            raise
+        _stderr.print(
+            f"error: this command needs {error.name}\n  cure: pip install 'anchorwatch[collect]'", markup=False
+        )
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if show_version:
+        print(version("anchorwatch"))
+        raise typer.Exit
+    settings = load_settings()
+    telemetry.configure_logging(settings.log_level, settings.log_format)
+
+
+@app.command()
+def demo(
+    model: Model = "smollm2",
+    bundle: BundleName = "smollm2",
+    conversations: Annotated[
+        int | None, typer.Option(help="How many, spread over the kinds. [default: 4 a kind]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Keep log and store here. [default: a temporary folder]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a real model hold scripted conversations, and flag those that drift, live."""
+    from collectors.demo import run_demo
+
+    result = run_demo(
+        model=model, bundle=bundle, conversations=conversations, tokens=tokens, seed=seed, data_dir=data_dir
+    )
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def worker(bundle: BundleName = "smollm2") -> None:
+    """Fold projections from the log into the store until SIGTERM or Ctrl-C."""
+    from prometheus_client import start_http_server
+
+    from monitor.axis.bundle import load_bundle, resolve_bundle
+    from monitor.detect.configure import detector_config
+    from monitor.store import open_store
+    from monitor.stream import open_log
+    from monitor.worker import Worker, stop_on_signals
+
+    settings = load_settings()
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    config = detector_config(load_bundle(resolve_bundle(bundle)), session_gap_seconds=settings.session_gap_seconds)
+    stop = stop_on_signals()
+    if settings.metrics_port is not None:
+        start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
+    log, store = open_log(settings.log_url), open_store(settings.store_url)
+    _stderr.print(f"Folding {settings.log_url} into {settings.store_url}; config {config.config_id}", highlight=False)
+    try:
+        Worker(log, store, config, batch_size=settings.batch_size).run(stop)
+    finally:
+        log.close()
+        store.close()
+
+
+@axis_app.command("build")
+def axis_build(
+    out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    model: Model = "smollm2",
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of the rollouts; a stopped build goes on from it. [default: OUT.work]")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: the GPU where there is one]")] = None,
+    catalogue: Annotated[
+        Path | None, typer.Option(help="Folder with roles.json, questions.json, styles.json, defaults.json.")
+    ] = None,
+    roles: Annotated[int | None, typer.Option(help="Use only so many roles, for a quick axis.")] = None,
+    tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 48,
+    max_rollouts: Annotated[int, typer.Option(help="Rollouts a role gets at most.")] = 15,
+    batch_size: Annotated[int, typer.Option(help="Rows generated together.")] = 48,
+    layer: Annotated[int | None, typer.Option(help="Use this layer. [default: the one that separates best]")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint that labels responses; its key in OPENAI_API_KEY.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's model name.")] = "gpt-4.1-mini",
+    decoder_layers: Override = None,
+    seed: Annotated[int, typer.Option(help="Of sampling and splits.")] = 20260121,
+) -> None:
+    """Build an axis bundle from a model: roles and the default Assistant answer questions, generated and captured in one pass."""
+    from collectors.assemble import assemble_bundle
+    from collectors.build import BuildSettings, collect_rollouts
+    from collectors.judge import Judge
+    from collectors.models import load_model
+    from monitor.axis.bundle import save_bundle
+    from monitor.axis.catalogue import load_catalogue
+    from monitor.axis.show import show
+
+    settings = BuildSettings(
+        tokens=tokens,
+        batch_size=batch_size,
+        max_rollouts=max_rollouts,
+        round_rollouts=min(BuildSettings.round_rollouts, max_rollouts),
+        roles=roles,
+        seed=seed,
+    )
+    words = load_catalogue(catalogue)
+    folder = work or out.with_name(out.name + ".work")
+    loaded = load_model(model, dtype=dtype, device=device)
+    try:
+        with _progress() as bar:
+            task = bar.add_task("rollouts", total=None)
+            labelled = bar.add_task("labels", total=None, visible=judge_url is not None)
+            judge = None
+            if judge_url is not None:
+                judge = Judge(
+                    judge_url,
+                    judge_model,
+                    words,
+                    folder,
+                    api_key=os.environ.get("OPENAI_API_KEY"),
+                    progress=lambda done, total: bar.update(labelled, completed=done, total=total),
+                )
+            rollouts = collect_rollouts(
+                loaded,
+                words,
+                settings,
+                folder,
+                decoder_layers=decoder_layers,
+                progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+                keep=judge.keep if judge else None,
+            )
+    except KeyboardInterrupt:
+        _stderr.print(f"Stopped. The rollouts so far are in {folder}: run the same command again to go on.")
+        sys.exit(130)
+    bundle, responses = assemble_bundle(loaded, words, settings, rollouts, layer=layer, decoder_layers=decoder_layers)
+    save_bundle(bundle, out, responses)
+    show(bundle, _stderr)
+    print(out)
+
+
+@axis_app.command("calibrate")
+def axis_calibrate(
+    out: Annotated[Path, typer.Option(help="Folder of the calibrated bundle; it may be the bundle's own.")],
+    bundle: BundleName = "smollm2",
+    model: Model = "smollm2",
+    samples: Annotated[int, typer.Option(help="Conversations per development script.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
+    share: Annotated[float, typer.Option(help="Share of the healthy development conversations that may warn.")] = 0.05,
+) -> None:
+    """Play the development scripts, and fit readout, baseline and boundaries to what was measured."""
+    from collectors.calibrate import TRAFFIC_FILE, calibrate_bundle, collect_traffic, read_traffic, write_traffic
+    from collectors.models import load_model
+    from collectors.traffic import load_scripts
+    from monitor.axis.bundle import load_bundle, load_responses, resolve_bundle, save_bundle
+    from monitor.axis.show import show
+
+    directory = resolve_bundle(bundle)
+    axis, scripts = load_bundle(directory), load_scripts("develop")
+    kept = out / TRAFFIC_FILE
+    if kept.exists():
+        _stderr.print(f"Fitting to the traffic kept in {kept}; remove it to play the scripts again.", highlight=False)
+        projections = read_traffic(kept)
+    else:
+        loaded = load_model(model)
+        with _progress() as bar:
+            task = bar.add_task("replies", total=None)
+            projections = collect_traffic(
+                loaded,
+                axis,
+                scripts,
+                samples=samples,
+                tokens=tokens,
+                seed=seed,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        write_traffic(kept, projections)
+    calibrated = calibrate_bundle(axis, projections, scripts, share=share)
+    evidence = load_responses(axis, directory) if axis.info.responses_sha256 else None
+    save_bundle(calibrated, out, evidence)
+    show(calibrated, _stderr)
+    print(out)
+
+
+@axis_app.command("show")
+def axis_show(
+    bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, or a bundle's folder.")] = "smollm2",
+    as_json: AsJson = False,
+    verify: Annotated[
+        bool, typer.Option(help="Recompute every figure from the committed responses; exit 1 on a difference.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw it into this file: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Show what a bundle measures, and how well."""
+    from monitor.axis.bundle import load_bundle, resolve_bundle
+    from monitor.axis.show import draw, show, summary
+    from monitor.axis.show import verify as differences
+
+    directory = resolve_bundle(bundle)
+    loaded = load_bundle(directory)
+    if as_json:
+        print(json.dumps(summary(loaded)))
+    else:
+        show(loaded, Console())
+    if picture is not None:
+        draw(loaded, directory, picture)
+        _stderr.print(f"Drawn into {picture}", highlight=False)
+    if verify:
+        found = differences(loaded, directory)
+        for line in found:
+            _stderr.print(line, markup=False, highlight=False)
+        _stderr.print("Every figure agrees with the committed responses." if not found else f"{len(found)} differ.")
+        if found:
+            raise typer.Exit(1)
+
+
+@axis_app.command("check")
+def axis_check(
+    bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, or a bundle's folder.")] = "smollm2",
+    model: Model = "smollm2",
+    dtype: Dtype = "float32",
+    decoder_layers: Override = None,
+    as_json: AsJson = False,
+) -> None:
+    """Project the bundle's canaries again: does the axis still measure the same with this model? ok, shifted or stale.
+
+    Exits 0 when ok, 1 when shifted or stale.
+    """
+    from collectors.check import check_bundle
+    from collectors.models import load_model
+    from monitor.axis.bundle import load_bundle, resolve_bundle
+
+    report = check_bundle(load_model(model, dtype=dtype), load_bundle(resolve_bundle(bundle)), decoder_layers)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(f"{report['verdict']}: {report['says']}")
+    if report["verdict"] != "ok":
+        raise typer.Exit(1)
+
+
+@axis_app.command("import")
+def axis_import(
+    axis: Annotated[
+        Path, typer.Argument(help="A published assistant_axis.pt: a tensor [layers, hidden], or a dict with key axis.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    model: Model,
+    layer: Annotated[int | None, typer.Option(help="Layer to project at. [default: the middle one]")] = None,
+    capping: Annotated[Path | None, typer.Option(help="A published capping_config.pt.")] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="Which of its experiments, such as layers_46:54-p0.25.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    licence: Annotated[str, typer.Option(help="Licence of the published files, SPDX.")] = "NOASSERTION",
+    sha256: Annotated[str | None, typer.Option(help="Digest that the axis file must have.")] = None,
+) -> None:
+    """Make a bundle from published files, without running what a .pt file may carry. The sign of a cap is checked."""
+    from collectors.import_axis import import_bundle
+    from collectors.models import load_model
+    from monitor.axis.bundle import save_bundle
+    from monitor.axis.show import show
+
+    if (capping is None) != (experiment is None):
+        raise ConfigurationError("--capping and --experiment go together", cure="give both, or neither")
+    bundle = import_bundle(
+        load_model(model, dtype=dtype),
+        axis,
+        layer=layer,
+        capping=capping,
+        experiment=experiment,
+        licence=licence,
+        sha256=sha256,
+    )
+    save_bundle(bundle, out)
+    show(bundle, _stderr)
+    print(out)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_stderr) as bar:
+        yield bar
+
+
+if __name__ == "__main__":
+    main()
