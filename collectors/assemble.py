@@ -31,7 +31,9 @@ from monitor.axis.geometry import (
     persona_space,
     project_out,
     unit,
+    without_question_effects,
 )
+from monitor.errors import ConfigurationError, ModelError
 
 __all__ = ["assemble_bundle", "project_canaries"]
 
@@ -59,9 +61,14 @@ def assemble_bundle(
         rollouts: of all three splits.
         layer: use this layer instead of the one the choose split prefers.
 
+    Raises:
+        ConfigurationError: no such layer.
+        ModelError: a split has no responses of the default Assistant, of roles, or of a style.
+
     Returns:
         The bundle, not calibrated yet, and the arrays of its `responses.safetensors`.
     """
+    _check(loaded, rollouts, layer)
     roles = sorted({rollout.name for rollout in rollouts.rollouts if rollout.group == "role"})
     styles = sorted({rollout.name for rollout in rollouts.rollouts if rollout.group == "style"})
     known = {rollout.name: rollout.split for rollout in rollouts.rollouts if rollout.group == "role"}
@@ -69,7 +76,7 @@ def assemble_bundle(
     making = [role for role in roles if role_split[role] == "make"]
 
     default_mean = rollouts.stack(rollouts.where("default", split="make")).mean(axis=0)
-    vectors = np.stack([rollouts.stack(rollouts.where("role", name=role)).mean(axis=0) for role in roles])
+    vectors = _role_vectors(rollouts, roles)
     axis = assistant_axis(default_mean, vectors[[roles.index(role) for role in making]])
     style_directions = np.stack(
         [
@@ -80,7 +87,8 @@ def assemble_bundle(
     )  # [layers, styles, hidden]
     persona_axis = project_out(axis, style_directions)
 
-    evidence = _evidence(rollouts, axis, persona_axis, roles, styles, role_split)
+    shaping = [i for i, role in enumerate(roles) if role_split[role] != "report"]
+    evidence = _evidence(rollouts, axis, persona_axis, roles, styles, role_split, _alignment(axis, vectors[shaping]))
     chosen = choose_layer(evidence) if layer is None else layer
     evidence = _with_controls(evidence, rollouts, chosen, settings.seed)
     space = persona_space(vectors[:, chosen], COMPONENTS, axis[chosen])
@@ -128,6 +136,41 @@ def assemble_bundle(
     return new_bundle(tensors, msgspec.structs.replace(draft.info, canaries=canaries), arrays), arrays
 
 
+def _check(loaded: LoadedModel, rollouts: Rollouts, layer: int | None) -> None:
+    layers = loaded.facts.layers
+    if layer is not None and not 0 <= layer < layers:
+        raise ConfigurationError(
+            f"layer {layer} does not exist: the model has layers 0 to {layers - 1}", cure="choose one of these"
+        )
+    held = {(rollout.group, rollout.split) for rollout in rollouts.rollouts}
+    if missing := [f"{group} to {split}" for group in GROUPS for split in SPLITS if (group, split) not in held]:
+        raise ModelError(
+            f"no responses are left of: {', '.join(missing)}",
+            cure="use more roles, or read the responses: the model said nothing, or the judge found nothing in role",
+        )
+
+
+def _role_vectors(rollouts: Rollouts, roles: Sequence[str]) -> Floats:
+    """Each role's mean response [roles, layers, hidden], without what the questions that it was asked add.
+
+    Question effects are estimated within a split, so that no split's responses reach into another's vectors.
+    """
+    vectors: dict[str, Floats] = {}
+    for part in SPLITS:
+        indices = rollouts.where("role", split=part)
+        names = [rollouts.rollouts[i].name for i in indices]
+        own = without_question_effects(rollouts.stack(indices), names, [rollouts.rollouts[i].question for i in indices])
+        for role in set(names):
+            vectors[role] = own[[i for i, name in enumerate(names) if name == role]].mean(axis=0)
+    return np.stack([vectors[role] for role in roles])
+
+
+def _alignment(axis: Floats, vectors: Floats) -> Floats:
+    """Cosine of the axis with the first component of `vectors` [roles, layers, hidden], [layers]."""
+    pairs = zip(axis, np.moveaxis(vectors, 1, 0), strict=True)
+    return np.array([unit(one) @ persona_space(many, 1, one).basis[0] for one, many in pairs], dtype=np.float32)
+
+
 def _counts(rollouts: Rollouts, roles: Sequence[str], settings: BuildSettings) -> dict[str, int]:
     groups = Counter(rollout.group for rollout in rollouts.rollouts)
     settled = sum(value >= settings.settled for value in rollouts.reliability.values())
@@ -141,6 +184,7 @@ def _evidence(
     roles: Sequence[str],
     styles: Sequence[str],
     role_split: dict[str, str],
+    alignment: Floats,
 ) -> Evidence:
     chosen = [i for i, rollout in enumerate(rollouts.rollouts) if rollout.split != "make"]
     kept = [rollouts.rollouts[i] for i in chosen]
@@ -156,6 +200,7 @@ def _evidence(
         random=np.zeros((0, 0), np.float16),
         shuffled=np.zeros((0, 0), np.float16),
         role_split=np.array([SPLITS.index(role_split[role]) for role in roles], dtype=np.int16),
+        alignment=alignment,
     )
 
 
@@ -210,7 +255,7 @@ def project_canaries(
     made: list[Canary] = []
     with torch.inference_mode(), Tap(model, {bundle.layer: vector}, decoder_layers=decoder_layers) as tap:
         for messages, known in (
-            [(c.messages, c.continuation_token_ids) for c in bundle.info.canaries]
+            [(c.messages, c.continuation_token_ids or _encoded(tokenizer, c)) for c in bundle.info.canaries]
             if prompts is None
             else [(messages, None) for messages in prompts]
         ):
@@ -237,3 +282,7 @@ def project_canaries(
                 )
             )
     return made
+
+
+def _encoded(tokenizer: Any, canary: Canary) -> list[int]:
+    return list(tokenizer(canary.text, add_special_tokens=False)["input_ids"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from collectors.models import LoadedModel
 from collectors.spans import encode_prompt, response_tokens, special_token_ids, stop_token_ids
 from collectors.tap import Tap
 from monitor.axis.catalogue import Catalogue, split
-from monitor.axis.geometry import split_half_cosine
+from monitor.axis.geometry import split_half_cosine, without_question_effects
 from monitor.errors import CatalogueError, ConfigurationError, ModelError
 
 __all__ = ["BuildSettings", "Rollout", "Rollouts", "collect_rollouts", "generate_rollouts"]
@@ -55,8 +56,8 @@ class BuildSettings:
     temperature: float = 0.7
     batch_size: int = 48
     round_rollouts: int = 5
-    max_rollouts: int = 15
-    settled: float = 0.9
+    max_rollouts: int = 10
+    settled: float = 0.8
     default_repeats: int = 3
     style_repeats: int = 2
     seed: int = 20260121
@@ -74,6 +75,8 @@ class BuildSettings:
             )
             if getattr(self, name) < least
         ]
+        if self.roles is not None and self.roles < 4:
+            problems.append(f"roles is {self.roles}, and must be at least 4 to be split three ways")
         if self.max_rollouts < self.round_rollouts:
             problems.append(f"max_rollouts is {self.max_rollouts}, less than round_rollouts {self.round_rollouts}")
         if not 0 < self.settled < 1:
@@ -121,7 +124,16 @@ class Rollouts:
         ]
 
     def stack(self, indices: Sequence[int]) -> Floats:
-        """Activations [n, layers, hidden]."""
+        """Activations [n, layers, hidden].
+
+        Raises:
+            ModelError: there are none.
+        """
+        if not indices:
+            raise ModelError(
+                "no response is left to average: the model said nothing, or nothing was in role",
+                cure="read the responses in the work folder; a larger model, more rollouts or another judge may help",
+            )
         return np.stack([self.means[i] for i in indices])
 
 
@@ -146,7 +158,7 @@ def collect_rollouts(
         keep: the judge: says of a batch of role rollouts which are in role; None keeps all.
 
     Raises:
-        ConfigurationError: `work` belongs to another build.
+        ConfigurationError: `work` belongs to another build, or can't be written.
         CatalogueError: the catalogue is too small to be split three ways.
     """
     _claim(work, loaded, catalogue, settings)
@@ -188,9 +200,7 @@ def collect_rollouts(
             for number in range(first, first + settings.round_rollouts)
         ]
         run(f"round{round_number}", planned)
-        for role in unsettled:
-            mine = collected.stack(collected.where("role", name=role))[:, middle]
-            collected.reliability[role] = split_half_cosine(mine, origin, settings.seed)
+        collected.reliability |= _reliability(collected, unsettled, middle, origin, settings.seed)
         still = [role for role in unsettled if collected.reliability[role] < settings.settled]
         total -= (len(unsettled) - len(still)) * (settings.max_rollouts - first - settings.round_rollouts)
         unsettled = still
@@ -206,6 +216,22 @@ def generate_rollouts(
 ) -> tuple[NDArray[np.float32], list[str]]:
     """One batch without a work folder: means [rows, layers, hidden], NaN where a row said nothing, and texts."""
     return _Generator(loaded, catalogue, settings, decoder_layers).run(batch, "one")
+
+
+def _reliability(collected: Rollouts, roles: Sequence[str], layer: int, origin: Floats, seed: int) -> dict[str, float]:
+    """How settled each role's vector is at one layer, what its questions add left out."""
+    indices = collected.where("role")
+    answered = [collected.rollouts[i] for i in indices]
+    own = without_question_effects(
+        np.array([collected.means[i][layer] for i in indices]).reshape(len(indices), len(origin)),
+        [rollout.name for rollout in answered],
+        [rollout.question for rollout in answered],
+    )
+    places = {role: [i for i, rollout in enumerate(answered) if rollout.name == role] for role in roles}
+    # A role that answers with nothing has no halves yet to compare.
+    return {
+        role: split_half_cosine(own[mine], origin, seed) if len(mine) >= 2 else 0.0 for role, mine in places.items()
+    }
 
 
 def _judged(collected: Rollouts, keep: Callable[[list[tuple[Rollout, str]]], list[bool]]) -> Rollouts:
@@ -330,9 +356,13 @@ def _claim(work: Path, loaded: LoadedModel, catalogue: Catalogue, settings: Buil
         "settings": asdict(settings),
     }
     path = work / "build.json"
-    work.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"{path} can't be read: {error}", cure="give another --work folder, or remove this one"
+            ) from error
         differing = [key for key in stamp if found.get(key) != stamp[key]]
         if differing:
             raise ConfigurationError(
@@ -340,14 +370,30 @@ def _claim(work: Path, loaded: LoadedModel, catalogue: Catalogue, settings: Buil
                 cure="give another --work folder, or remove this one",
             )
         return
-    path.write_text(json.dumps(stamp, indent=1))
+    with _written_whole(path) as partial:
+        work.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(stamp, indent=1))
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; it takes its name when the block ends well."""
+    partial = path.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigurationError(
+            f"{path} can't be written: {error}",
+            cure="free some room there, and run the same command again: it goes on where it was",
+        ) from error
 
 
 def _write_shard(path: Path, batch: list[Rollout], means: NDArray[np.float32], texts: list[str]) -> None:
-    partial = path.with_suffix(".partial")
     about = {"rollouts": json.dumps([asdict(rollout) for rollout in batch]), "texts": json.dumps(texts)}
-    save_file({"means": np.ascontiguousarray(means)}, partial, metadata=about)
-    partial.replace(path)
+    with _written_whole(path) as partial:
+        save_file({"means": np.ascontiguousarray(means)}, partial, metadata=about)
 
 
 def _read_shard(path: Path, batch: list[Rollout], into: Rollouts) -> None:

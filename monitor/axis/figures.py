@@ -8,6 +8,7 @@ The three-way split: roles and questions of "make" made the axis, "choose" picks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class Evidence:
         random: report responses on covariance-matched random directions at the chosen layer, [n_report, controls].
         shuffled: report responses on axes made with shuffled labels, [n_report, controls].
         role_split: index into `SPLITS` of each of the bundle's roles, [roles].
+        alignment: cosine of the axis with the first component of the roles that are not in the report split, [layers].
     """
 
     group: Ints
@@ -51,6 +53,7 @@ class Evidence:
     random: Floats
     shuffled: Floats
     role_split: Ints
+    alignment: Floats
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Evidence:
@@ -83,17 +86,40 @@ def separation_by_layer(evidence: Evidence, split: str) -> dict[str, list[float]
 
 
 def choose_layer(evidence: Evidence) -> int:
-    """The layer with the largest mean of both separations on the choose split; the lower one when equal."""
+    """Of the layers that separate as well as the best, the one where the axis is most nearly the first component.
+
+    Separation is the mean of both AUROCs of `separation_by_layer` on the choose split. Neighbouring layers differ by
+    less than the data can tell: all within one standard error of the best (Breiman et al. 1984; the standard error is
+    Hanley and McNeil's, 1982) are as good. Of those, `alignment` decides: there the axis is what personas differ by most,
+    as in the paper, and not one of several directions. No response or role of the report split has a say.
+    """
     separation = separation_by_layer(evidence, "choose")
-    return int(np.argmax(np.mean([separation["axis"], separation["persona_axis"]], axis=0)))
+    mean = np.mean([separation["axis"], separation["persona_axis"]], axis=0)
+    default, role, style = (int(evidence.pick(group, "choose").sum()) for group in GROUPS)
+    best = int(np.argmax(mean))
+    error = max(
+        _standard_error(separation["axis"][best], default, role),
+        _standard_error(separation["persona_axis"][best], default + style, role),
+    )
+    as_good = mean >= mean[best] - error
+    return int(np.argmax(np.where(as_good, evidence.alignment, -np.inf)))
+
+
+def _standard_error(area: float, high: int, low: int) -> float:
+    """Of an AUROC with so many values on either side (Hanley and McNeil 1982, equation 1)."""
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = area * (1 - area) + (high - 1) * (first - area**2) + (low - 1) * (second - area**2)
+    return math.sqrt(max(spread, 0.0) / (high * low))
 
 
 def figures(tensors: Mapping[str, Floats], evidence: Evidence, roles: Sequence[str], layer: int) -> dict[str, Any]:
     """Every figure that a bundle states, all on the report split unless its name says otherwise."""
     axis, persona_axis = unit(tensors["axis"]), unit(tensors["persona_axis"])
     role_vectors = tensors["role_vectors"]
-    held_out = role_vectors[evidence.role_split == SPLITS.index("report")]
-    held_out_pc1 = persona_space(held_out, 1, axis[layer]).basis[0]
+    report_roles = role_vectors[evidence.role_split == SPLITS.index("report")]
+    held_out_roles = role_vectors[evidence.role_split != SPLITS.index("make")]
+    report_space = persona_space(report_roles, 2, axis[layer])
+    held_out_pc1 = persona_space(held_out_roles, 1, axis[layer]).basis[0]
     first_component = unit(tensors["first_component"])
     all_roles = persona_space(role_vectors, 1, axis[layer])
     report = {
@@ -104,7 +130,12 @@ def figures(tensors: Mapping[str, Floats], evidence: Evidence, roles: Sequence[s
         along = role_vectors @ vector
         order = np.argsort(along, kind="stable")
         report[name] |= {
-            "cosine_pc1": float(vector @ held_out_pc1),
+            # with the first component of the report split's roles, of all roles that did not make the axis, and of all
+            "cosine_pc1": float(vector @ report_space.basis[0]),
+            "cosine_pc1_held_out": float(vector @ held_out_pc1),
+            "cosine_pc1_all_roles": float(vector @ all_roles.basis[0]),
+            # length of its shadow on the plane of the report roles' first two components
+            "cosine_pc1_pc2_plane": float(np.linalg.norm(report_space.basis @ vector)),
             "lowest_roles": [roles[i] for i in order[:20]],
             "highest_roles": [roles[i] for i in order[::-1][:20]],
         }
@@ -115,12 +146,18 @@ def figures(tensors: Mapping[str, Floats], evidence: Evidence, roles: Sequence[s
         "default_standard_deviation": float(evidence.axis[evidence.pick("default", "report"), layer].std()),
         "cosine_pc1_all_roles_by_layer": [float(a @ b) for a, b in zip(axis, first_component, strict=True)],
         "cosine_axis_persona_axis": float(axis[layer] @ persona_axis[layer]),
+        "variance_of_first_components": _variance(all_roles.singular_values),
         "components_for_variance": {str(share): all_roles.components_for(share) for share in (0.5, 0.7, 0.9)},
         "separation_by_layer": {
             "choose": separation_by_layer(evidence, "choose"),
             "report": separation_by_layer(evidence, "report"),
         },
     }
+
+
+def _variance(singular_values: Floats) -> list[float]:
+    variance = singular_values.astype(np.float64) ** 2
+    return [float(share) for share in (variance / variance.sum())[:8]]
 
 
 def _report(evidence: Evidence, projection: Floats) -> dict[str, Any]:

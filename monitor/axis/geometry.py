@@ -7,6 +7,7 @@ stream after a decoder layer; a "role vector" is the mean of it over all respons
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = [
     "project_out",
     "split_half_cosine",
     "unit",
+    "without_question_effects",
 ]
 
 Floats = NDArray[np.floating]
@@ -54,9 +56,18 @@ def project_out(vectors: Floats, directions: Floats) -> Floats:
     """
     result = np.empty_like(vectors)
     for layer, (vector, span) in enumerate(zip(vectors, directions, strict=True)):
-        basis = np.linalg.qr(span.T)[0]  # [hidden, n], orthonormal columns
-        result[layer] = vector - basis @ (basis.T @ vector)
+        basis = _orthonormal(span)
+        result[layer] = vector - (vector @ basis.T) @ basis
     return result
+
+
+def _orthonormal(rows: Floats) -> Floats:
+    """Orthonormal rows [rank, hidden] with the span of `rows` [n, hidden]: fewer than n where some depend on others."""
+    if len(rows) == 0:
+        return rows
+    _, lengths, basis = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
+    # What float32 directions can't tell from zero is rounding, and would point anywhere.
+    return np.asarray(basis[lengths > lengths[0] * np.finfo(np.float32).eps * max(rows.shape)])
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,41 @@ def split_half_cosine(responses: Floats, origin: Floats, seed: int = 0, splits: 
         cosines.append(float(first @ second))
     cosine = max(float(np.mean(cosines)), 0.0)
     return 2 * cosine / (1 + cosine)
+
+
+def without_question_effects(
+    responses: Floats, personas: Sequence[Hashable], questions: Sequence[Hashable], rounds: int = 3
+) -> Floats:
+    """Remove from each response what its question adds, whoever answers it.
+
+    A role answers a handful of the questions, so the mean of its responses holds what those questions are about; two
+    roles would differ because one was asked about pancakes. An additive model, response = mean + persona + question +
+    noise, is fitted by alternation (backfitting; Hastie and Tibshirani 1990), the question's part shrunk as if two more
+    responses lay at the mean. Where every persona answers every question, as in the paper, this changes no difference.
+
+    Args:
+        responses: [n, ...].
+        personas, questions: who answered what, [n] each.
+
+    Returns:
+        The responses less their question's part, [n, ...].
+    """
+    who, what = _groups(personas), _groups(questions)
+    centred = np.asarray(responses, dtype=np.float64) - np.mean(responses, axis=0, dtype=np.float64)
+    of_question, of_persona = np.zeros_like(centred), np.zeros_like(centred)
+    for _ in range(rounds):
+        for rows in what:
+            of_question[rows] = (centred[rows] - of_persona[rows]).sum(axis=0) / (len(rows) + 2)
+        for rows in who:
+            of_persona[rows] = (centred[rows] - of_question[rows]).mean(axis=0)
+    return np.asarray(responses - of_question)
+
+
+def _groups(labels: Sequence[Hashable]) -> list[NDArray[np.intp]]:
+    places: dict[Hashable, list[int]] = {}
+    for place, label in enumerate(labels):
+        places.setdefault(label, []).append(place)
+    return [np.array(rows) for rows in places.values()]
 
 
 def covariance_matched_directions(responses: Floats, count: int, seed: int) -> Floats:

@@ -115,8 +115,8 @@ def _show_readout(bundle: Bundle, console: Console) -> None:
             )
     baseline, boundaries = calibration["baseline"], calibration["boundaries"]
     console.print(
-        f"  baseline {baseline['deployment']}: mean {baseline['mean']:.3f}, sd {baseline['standard_deviation']:.3f} over "
-        f"{baseline['conversations']} healthy conversations; boundaries level {boundaries['level']:g}, drop "
+        f"  baseline {baseline['deployment']}: mean {baseline['mean']:.3f}, sd {baseline['standard_deviation']:.3f} "
+        f"over {baseline['conversations']} healthy conversations; boundaries level {boundaries['level']:g}, drop "
         f"{boundaries['drop']:g}, cusum {boundaries['cusum']:g}, dip {boundaries['dip']:g} "
         f"({boundaries['certification']})",
         highlight=False,
@@ -134,13 +134,13 @@ def verify(bundle: Bundle, directory: Path) -> list[str]:
         raise BundleCorrupt("this bundle states no figures", cure="build one with `anchorwatch axis build`")
     evidence = Evidence.from_arrays(load_responses(bundle, directory))
     found = figures(bundle.tensors, evidence, bundle.info.roles, bundle.layer)
-    return list(_differences("figures", {name: stated[name] for name in found}, found))
+    return list(_differences("figures", {name: stated.get(name) for name in found}, found))
 
 
 def _differences(where: str, stated: Any, found: Any) -> list[str]:
     if isinstance(found, Mapping):
         if not isinstance(stated, Mapping) or set(stated) != set(found):
-            return [f"{where} has other keys"]
+            return [f"{where} has other keys than {', '.join(found)}"]
         return [text for key in found for text in _differences(f"{where}.{key}", stated[key], found[key])]
     if isinstance(found, list):
         if not isinstance(stated, list) or len(stated) != len(found):
@@ -150,7 +150,8 @@ def _differences(where: str, stated: Any, found: Any) -> list[str]:
             for i, (one, other) in enumerate(zip(stated, found, strict=True))
             for text in _differences(f"{where}[{i}]", one, other)
         ]
-    same = math.isclose(stated, found, abs_tol=1e-6) if isinstance(found, float) else stated == found
+    numbers = isinstance(found, float) and isinstance(stated, float | int)
+    same = math.isclose(stated, found, abs_tol=1e-6) if numbers else stated == found
     return [] if same else [f"{where}: stated {stated}, recomputed {found}"]
 
 
@@ -158,7 +159,7 @@ def draw(bundle: Bundle, directory: Path, target: Path) -> None:
     """Draw separation by layer, the report split's projections, and the persona map; the suffix says the format.
 
     Raises:
-        ConfigurationError: matplotlib is not installed.
+        ConfigurationError: matplotlib is not installed, or `target` can't be written.
         BundleCorrupt: the bundle keeps no responses.
     """
     try:
@@ -181,7 +182,8 @@ def draw(bundle: Bundle, directory: Path, target: Path) -> None:
         (persona_plot, evidence.persona_axis, "persona axis"),
     ):
         along = values[:, layer]
-        edges = np.linspace(*np.percentile(along, [0.5, 99.5]), 40)
+        low, high = np.percentile(along, [0.5, 99.5])
+        edges = np.linspace(low, high, 40)
         for group, label in (("default", "default Assistant"), ("style", "requested styles"), ("role", "in role")):
             plot.hist(along[evidence.pick(group, "report")], edges, density=True, histtype="step", label=label)
         plot.set(title=f"Responses of the report split on the {title}", xlabel="projection", yticks=[])
@@ -193,4 +195,10 @@ def draw(bundle: Bundle, directory: Path, target: Path) -> None:
     for i in extremes:
         space.annotate(bundle.info.roles[i], places[i], fontsize=7)
     space.set(title="Persona space; blue is towards the Assistant", xlabel="first component", ylabel="second component")
-    figure.savefig(target, dpi=120)
+    try:
+        figure.savefig(target, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{target} can't be drawn: {error}",
+            cure="name a file ending in .png, .svg or .pdf, in a folder that exists",
+        ) from error
