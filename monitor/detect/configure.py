@@ -62,9 +62,11 @@ def calibration_record(config: DetectorConfig, deployment: str, source: Mapping[
     }
 
 
-def persona_space_of(bundle: Bundle) -> PersonaSpace:
-    """The roles' places on the persona components that events carry."""
+def persona_space_of(bundle: Bundle) -> PersonaSpace | None:
+    """The roles' places on the persona components that events carry; None where the bundle was imported without."""
     names = [name for name in bundle.directions()[0] if name.startswith("pc")]
+    if not names:
+        return None
     basis = np.asarray(bundle.tensors["basis"], dtype=np.float64)[: len(names)]
     places = np.asarray(bundle.tensors["role_vectors"], dtype=np.float64) @ basis.T
     return PersonaSpace(

@@ -47,7 +47,7 @@ def fit_readout(
         Weights whose value is high for healthy responses, scaled to unit within-kind standard deviation.
 
     Raises:
-        ConfigurationError: a side is empty.
+        ConfigurationError: a side is empty, or a direction never varies.
     """
     if not healthy or not drifting:
         raise ConfigurationError("a readout needs healthy and drifting conversations", cure="give both")
@@ -61,6 +61,11 @@ def fit_readout(
         for side in ("healthy", "drifting")
     }
     within = np.mean([np.cov(rows, rowvar=False, bias=True).reshape(len(names), -1) for rows in kinds.values()], axis=0)
+    if still := [name for name, variance in zip(names, np.diag(within), strict=True) if not variance > 0]:
+        raise ConfigurationError(
+            f"nothing varies along {', '.join(still)}, so it can't be weighed",
+            cure="leave it out, or give more varied conversations",
+        )
     within = (1 - shrinkage) * within + shrinkage * np.diag(np.diag(within))
     weights = np.linalg.solve(within, means["healthy"] - means["drifting"])
     weights /= math.sqrt(weights @ within @ weights)
@@ -90,6 +95,9 @@ def calibrate(
 
     Args:
         share: share of these conversations that may warn, at most.
+
+    Raises:
+        ConfigurationError: as `fit_baseline`; or the conversations are of another deployment.
     """
     talks = [talk for kind in sorted(healthy) for talk in healthy[kind]]
     baseline = fit_baseline(deployment, axis_id, talks, readout)
@@ -102,11 +110,17 @@ def calibrate(
         cusum_slack=cusum_slack,
     )
     peaks = np.array([conversation_peaks(talk, config) for talk in talks])
+    if not np.isfinite(peaks).all():
+        raise ConfigurationError(
+            f"some conversations are not of the deployment {deployment!r}, so they were not judged",
+            cure="give the conversations of one deployment, and its name",
+        )
     scales = np.maximum(np.percentile(peaks, 90, axis=0), 0.5)
     joint = np.sort((peaks / scales).max(axis=1))
     rank = min(math.ceil((len(joint) + 1) * (1 - share)), len(joint))
     # Reached is crossed: the boundary lies just above the last conversation that may not warn.
-    level, drop, cusum, dip = (float(f"{value:.4g}") for value in scales * joint[rank - 1] * (1 + 1e-3))
+    # A boundary must be above 0, also where no healthy conversation ever went below the mean.
+    level, drop, cusum, dip = (float(f"{value:.4g}") for value in scales * max(joint[rank - 1], 0.1) * (1 + 1e-3))
     return DetectorConfig(
         axis_id=axis_id,
         readout=readout,
