@@ -10,7 +10,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -186,6 +186,28 @@ def test_everything_that_the_project_asks_for_is_pinned() -> None:
     asked = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
     names = {_normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in asked}
     assert names <= _pins().keys()
+
+
+def test_everything_that_is_imported_is_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
+    names = {_normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in asked}
+    trees = [ast.parse((ROOT / path).read_text()) for path in checkout() if path.suffix == ".py"]
+    imported = {
+        name.split(".")[0]
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    own = {*PACKAGES, *(path.stem for path in (ROOT / "tests").glob("*.py")), "tests", "benchmarks"}
+    homes = packages_distributions()
+    unasked = {
+        name
+        for name in imported - own - set(sys.stdlib_module_names)
+        if not names & {_normal(home) for home in homes.get(name, [])}
+    }
+    assert not unasked
 
 
 def test_the_tests_run_on_the_pinned_versions() -> None:
