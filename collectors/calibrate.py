@@ -9,19 +9,33 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from collectors.models import LoadedModel
 from collectors.traffic import DRIFTING, HEALTHY, Script, play
 from collectors.watch import watch
 from monitor.axis.bundle import Bundle, with_calibration
+from monitor.axis.readout import Readout
 from monitor.detect.configure import calibration_record
 from monitor.detect.fit import Conversations, calibrate, fit_readout
 from monitor.errors import CatalogueError
 from monitor.events import Projection, decode_projection, encode
 
-__all__ = ["ByKind", "Collected", "calibrate_bundle", "collect_traffic", "read_traffic", "write_traffic"]
+__all__ = [
+    "HEALTHY_FILE",
+    "TRAFFIC_FILE",
+    "ByKind",
+    "by_kind",
+    "calibrate_bundle",
+    "collect_traffic",
+    "drifted",
+    "read_traffic",
+    "recorded_traffic",
+    "write_traffic",
+]
 
 TRAFFIC_FILE = "develop.jsonl.gz"
+HEALTHY_FILE = "healthy.jsonl.gz"
 # Slow drift begins as a task: its first turns are neither healthy nor drifting, and are not fitted.
 SLOW_DRIFT_BEGINS = 3
 
@@ -67,21 +81,42 @@ def collect_traffic(
     return collected.projections
 
 
+def recorded_traffic(
+    path: Path, loaded: Callable[[], LoadedModel], bundle: Bundle, scripts: Sequence[Script], **how: Any
+) -> list[Projection]:
+    """Traffic from `path`; where there is none yet, it is played as `collect_traffic` does, and kept there.
+
+    Args:
+        loaded: gives the model, where it is needed.
+        how: keyword arguments of `collect_traffic`.
+    """
+    if not path.exists():
+        write_traffic(path, collect_traffic(loaded(), bundle, scripts, **how))
+    return read_traffic(path)
+
+
 def calibrate_bundle(
     bundle: Bundle,
     projections: Sequence[Projection],
     scripts: Sequence[Script],
     *,
-    coordinates: Sequence[str],
-    prompt: Sequence[str],
-    shrinkage: float,
-    share: float,
+    shrinkage: float = 0.1,
+    share: float = 0.08,
+    readout: Readout | None = None,
 ) -> Bundle:
-    """Fit readout, baseline and boundaries, and put them into the bundle; its id changes."""
+    """Fit readout, baseline and boundaries, and put them into the bundle; its id changes.
+
+    Args:
+        shrinkage: see `fit_readout`.
+        share: share of the healthy conversations that may warn.
+        readout: keep this one, and fit baseline and boundaries only.
+    """
     kinds = by_kind(projections, scripts)
     healthy: Conversations = {kind: kinds[kind] for kind in HEALTHY if kind in kinds}
     drifting = {kind: drifted(kind, kinds[kind]) for kind in DRIFTING if kind in kinds}
-    readout = fit_readout(healthy, drifting, coordinates=coordinates, prompt=prompt, shrinkage=shrinkage)
+    if readout is None:
+        names = bundle.directions()[0]
+        readout = fit_readout(healthy, drifting, coordinates=names, prompt=names, shrinkage=shrinkage)
     deployment = bundle.info.model.name
     config = calibrate(healthy, deployment=deployment, axis_id=projections[0].axis_id, readout=readout, share=share)
     source = {
@@ -90,7 +125,6 @@ def calibrate_bundle(
         "responses": len(projections),
         "shrinkage": shrinkage,
         "share": share,
-        "traffic": TRAFFIC_FILE,
     }
     return with_calibration(bundle, readout, calibration_record(config, deployment, source))
 

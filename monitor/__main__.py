@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error. Errors say the
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -139,7 +140,7 @@ def axis_build(
     ] = None,
     roles: Annotated[int | None, typer.Option(help="Use only so many roles, for a quick axis.")] = None,
     tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 48,
-    max_rollouts: Annotated[int, typer.Option(help="Rollouts a role gets at most.")] = 15,
+    max_rollouts: Annotated[int, typer.Option(help="Rollouts a role gets at most.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Rows generated together.")] = 48,
     layer: Annotated[int | None, typer.Option(help="Use this layer. [default: the one that separates best]")] = None,
     judge_url: Annotated[
@@ -209,40 +210,45 @@ def axis_calibrate(
     samples: Annotated[int, typer.Option(help="Conversations per development script.")] = 1,
     tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 48,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
-    share: Annotated[float, typer.Option(help="Share of the healthy development conversations that may warn.")] = 0.05,
+    share: Annotated[float, typer.Option(help="Share of the healthy development conversations that may warn.")] = 0.08,
 ) -> None:
-    """Play the development scripts, and fit readout, baseline and boundaries to what was measured."""
-    from collectors.calibrate import TRAFFIC_FILE, calibrate_bundle, collect_traffic, read_traffic, write_traffic
+    """Play the development scripts, and fit readout, baseline and boundaries to what was measured.
+
+    The traffic is kept in OUT, and used again where it is there: remove it to play the scripts anew.
+    """
+    from collectors.calibrate import HEALTHY_FILE, TRAFFIC_FILE, calibrate_bundle, recorded_traffic
     from collectors.models import load_model
-    from collectors.traffic import load_scripts
+    from collectors.traffic import HEALTHY, load_scripts
     from monitor.axis.bundle import load_bundle, load_responses, resolve_bundle, save_bundle
     from monitor.axis.show import show
 
     directory = resolve_bundle(bundle)
     axis, scripts = load_bundle(directory), load_scripts("develop")
-    kept = out / TRAFFIC_FILE
-    if kept.exists():
-        _stderr.print(f"Fitting to the traffic kept in {kept}; remove it to play the scripts again.", highlight=False)
-        projections = read_traffic(kept)
-    else:
-        loaded = load_model(model)
-        with _progress() as bar:
-            task = bar.add_task("replies", total=None)
-            projections = collect_traffic(
+    evidence = load_responses(axis, directory) if axis.info.responses_sha256 else None
+    loaded = functools.cache(lambda: load_model(model))
+    out.mkdir(parents=True, exist_ok=True)
+    with _progress() as bar:
+        # Twice: the lowest window of a response is found by the readout, so the boundaries need traffic that was
+        # measured with it.
+        for stage, (file, played) in enumerate(
+            [(TRAFFIC_FILE, scripts), (HEALTHY_FILE, [script for script in scripts if script.kind in HEALTHY])]
+        ):
+            task = bar.add_task(file, total=None)
+            projections = recorded_traffic(
+                out / file,
                 loaded,
                 axis,
-                scripts,
+                played,
                 samples=samples,
                 tokens=tokens,
-                seed=seed,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                seed=seed + stage,
+                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
             )
-        out.mkdir(parents=True, exist_ok=True)
-        write_traffic(kept, projections)
-    calibrated = calibrate_bundle(axis, projections, scripts, share=share)
-    evidence = load_responses(axis, directory) if axis.info.responses_sha256 else None
-    save_bundle(calibrated, out, evidence)
-    show(calibrated, _stderr)
+            axis = calibrate_bundle(
+                axis, projections, played, share=share, readout=axis.info.readout if stage else None
+            )
+    save_bundle(axis, out, evidence)
+    show(axis, _stderr)
     print(out)
 
 
