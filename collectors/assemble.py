@@ -109,7 +109,8 @@ def assemble_bundle(
     }
     stated = {name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
     layers = loaded.facts.layers
-    hold = (max(chosen, round(HOLD_SHARE[0] * layers)), max(chosen + 1, round(HOLD_SHARE[1] * layers)))
+    first = min(max(chosen, round(HOLD_SHARE[0] * layers)), layers - 1)
+    hold = (first, max(first + 1, round(HOLD_SHARE[1] * layers)))
     info = BundleInfo(
         model=loaded.facts,
         layer=chosen,

@@ -204,6 +204,7 @@ def collect_rollouts(
         still = [role for role in unsettled if collected.reliability[role] < settings.settled]
         total -= (len(unsettled) - len(still)) * (settings.max_rollouts - first - settings.round_rollouts)
         unsettled = still
+        progress(len(collected.rollouts), total, f"round{round_number}")
     return _judged(collected, keep) if keep else collected
 
 
@@ -324,17 +325,17 @@ class _Generator:
                 weights[row, np.flatnonzero(counted)] = 1.0 / max(int(counted.sum()), 1)
             means = torch.empty(len(batch), self.layer_count, self.loaded.facts.hidden)
             for layer, values in recording.values.items():
-                spoken = values[:, width : width + generated.shape[1]].nan_to_num()
+                spoken = values[:, width : width + generated.shape[1]]
                 used = weights[:, : spoken.shape[1]].to(spoken.device)
+                spoken = torch.where(used[..., None] > 0, spoken, 0.0)  # what was never fed is NaN
                 means[:, layer] = torch.einsum("rt,rth->rh", used, spoken).cpu()
-        for row, (_, counted) in enumerate(ends_and_masks):
-            if not counted.any():
-                means[row] = float("nan")
+        result = means.numpy()
+        result[[row for row, (_, counted) in enumerate(ends_and_masks) if not counted.any()]] = np.nan
         texts = [
             self.loaded.tokenizer.decode(row[:end], skip_special_tokens=True)
             for row, (end, _) in zip(generated, ends_and_masks, strict=True)
         ]
-        return means.numpy(), texts
+        return result, texts
 
     def _messages(self, rollout: Rollout) -> list[dict[str, str]]:
         system: str | None
@@ -405,7 +406,7 @@ def _read_shard(path: Path, batch: list[Rollout], into: Rollouts) -> None:
         )
     means = load_file(path)["means"]
     for rollout, mean, text in zip(batch, means, json.loads(about["texts"]), strict=True):
-        if np.isfinite(mean).all():  # an empty response has no activation
+        if np.isfinite(mean).all():  # an empty response has no activation; one that overflowed is of no use
             into.rollouts.append(rollout)
             into.means.append(mean)
             into.texts.append(text)

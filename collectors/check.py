@@ -13,8 +13,8 @@ from monitor.errors import BundleError, BundleMismatch
 
 __all__ = ["OK_WITHIN", "STALE_BEYOND", "check_bundle"]
 
-# In standard deviations of the default Assistant's projections, the unit in which drift is told. Another dtype or engine
-# moves a canary by hundredths; weights that were trained on move it by more than a tenth.
+# In standard deviations of the default Assistant's projections, the unit in which drift is told. Another dtype or
+# engine moves a canary by hundredths; weights that were trained on move it by more than a tenth.
 OK_WITHIN = 0.05
 STALE_BEYOND = 0.5
 
@@ -24,7 +24,8 @@ def check_bundle(loaded: LoadedModel, bundle: Bundle, decoder_layers: str | None
 
     Returns:
         `verdict` ok, shifted or stale; `says`, one sentence with the cure; `largest_shift` and `shifts` in standard
-        deviations of the default Assistant's projections; `mismatch`, what differs in the model itself, or None.
+        deviations of the default Assistant's projections, None where one is not finite; `mismatch`, what differs in the
+        model itself, or None.
 
     Raises:
         BundleError: the bundle has no canaries, or the model has another shape, so that nothing can be projected.
@@ -58,7 +59,7 @@ def check_bundle(loaded: LoadedModel, bundle: Bundle, decoder_layers: str | None
     return {
         "verdict": verdict,
         "says": f"largest shift {largest:.4f} sd over {len(shifts)} canaries; {says}",
-        "largest_shift": largest,
-        "shifts": shifts,
+        "largest_shift": largest if np.isfinite(largest) else None,
+        "shifts": [shift if np.isfinite(shift) else None for shift in shifts],
         "mismatch": mismatch,
     }

@@ -25,7 +25,7 @@ from monitor.errors import ModelError
 __all__ = ["IN_ROLE", "Judge"]
 
 IN_ROLE = 2
-# A role needs this many responses in role, or its vector would be noise; the paper keeps roles with at least 10 of 1,200.
+# A role needs this many responses in role, or its vector would be noise; the paper keeps roles with 10 of 1,200.
 LEAST_IN_ROLE = 3
 ATTEMPTS = 5
 _RUBRIC = """You grade acting. A model was told to be a character and was then asked a question.
@@ -48,6 +48,7 @@ class Judge:
         api_key: sent as a bearer token.
         concurrency: calls at a time.
         progress: called with responses labelled and all of them.
+        pause: waits so many seconds before another try.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Judge:
         api_key: str | None = None,
         concurrency: int = 8,
         progress: Callable[[int, int], None] = lambda *_: None,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._url = url.rstrip("/") + "/chat/completions"
         self._model = model
@@ -67,6 +69,7 @@ class Judge:
         self._path = work / "labels.jsonl"
         self._concurrency = concurrency
         self._progress = progress
+        self._pause = pause
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(headers=headers, timeout=60.0)
 
@@ -89,10 +92,13 @@ class Judge:
         prompts = [self._prompt(rollout, text) for rollout, text in responses]
         keys = [hashlib.sha256(f"{self._model}\x1f{prompt}".encode()).hexdigest() for prompt in prompts]
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
-        with ThreadPoolExecutor(self._concurrency) as pool, self._path.open("a") as kept:
+        with ThreadPoolExecutor(self._concurrency) as pool, self._path.open("a+b") as kept:
+            kept.seek(max(kept.tell() - 1, 0))
+            if kept.read(1) not in (b"", b"\n"):
+                kept.write(b"\n")  # after the torn last line of a killed run
             for key, label in zip(missing, pool.map(self._ask, missing.values()), strict=True):
                 known[key] = label
-                kept.write(json.dumps({"key": key, "label": label}) + "\n")
+                kept.write(json.dumps({"key": key, "label": label}).encode() + b"\n")
                 kept.flush()
                 self._progress(len(known), len(keys))
         return [known[key] for key in keys]
@@ -103,7 +109,7 @@ class Judge:
             try:
                 entry = json.loads(line)
                 labels[entry["key"]] = entry["label"]
-            except (ValueError, KeyError):  # the last line of a killed run
+            except (ValueError, KeyError, TypeError):  # the last line of a killed run
                 continue
         return labels
 
@@ -125,7 +131,7 @@ class Judge:
         problem = ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                time.sleep(min(2.0**attempt / 4, 8.0))
+                self._pause(min(2.0**attempt / 4, 8.0))
             try:
                 answer = self._client.post(self._url, json=body)
                 if answer.status_code == 429 or answer.status_code >= 500:
@@ -141,7 +147,7 @@ class Judge:
                     f"the judge at {self._url} answers no chat completion: {error}",
                     cure="check the URL (it ends in /v1), the model's name and the key in OPENAI_API_KEY",
                 ) from error
-            digit = re.search(r"[0-3]", said)
+            digit = re.search(r"(?<![\d.])[0-3](?!\.?\d)", said)
             if digit:
                 return int(digit[0])
             problem = f"it said {said[:40]!r}, which is no label"
