@@ -49,9 +49,14 @@ def import_bundle(
 
     Raises:
         BundleCorrupt, BundleMismatch, BundleError: the files are unsafe, malformed, or of another model.
-        ConfigurationError: an experiment whose layers are not adjacent.
+        ConfigurationError: no such layer, or an experiment whose layers are not adjacent.
     """
     facts = loaded.facts
+    chosen = facts.layers // 2 if layer is None else layer
+    if not 0 <= chosen < facts.layers:
+        raise ConfigurationError(
+            f"layer {chosen} does not exist: the model has layers 0 to {facts.layers - 1}", cure="choose one of these"
+        )
     axis = axis_from_published(read_published(axis_file, sha256=sha256), (facts.layers, facts.hidden))
     catalogue, settings = load_catalogue(), BuildSettings()
     asked = [
@@ -62,7 +67,6 @@ def import_bundle(
     means = means[np.isfinite(means).all(axis=(1, 2))]
     along = np.einsum("nlh,lh->nl", means, unit(axis))
     floors = np.percentile(along, 25, axis=0)
-    chosen = facts.layers // 2 if layer is None else layer
     hold = (chosen, chosen + 1)
     if capping is not None and experiment is not None:
         plan = capping_from_published(read_published(capping), axis, experiment)

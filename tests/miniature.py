@@ -58,7 +58,5 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, loaded: Any, built: Bui
 
     scripts = small_scripts()
     seen = collect_traffic(loaded, built.bundle, scripts, samples=2, tokens=20, batch_size=16)
-    bundle = calibrate_bundle(
-        built.bundle, seen, scripts, coordinates=["assistant_axis", "persona_axis"], prompt=[], shrinkage=0.3, share=0.1
-    )
+    bundle = calibrate_bundle(built.bundle, seen, scripts, share=0.1)
     return save_bundle(bundle, tmp_path_factory.mktemp("calibrated") / "bundle", built.responses)
