@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 
 import torch
 
@@ -14,7 +15,7 @@ from collectors.overhead import measure_overhead
 from monitor.axis.bundle import load_bundle, resolve_bundle
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--bundle", default="smollm2")
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     loaded = load_model(options.model, dtype=options.dtype)
     bundle = load_bundle(resolve_bundle(options.bundle))
     measured = []

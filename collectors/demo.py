@@ -126,6 +126,7 @@ class LiveTable:
 
     def __init__(self, demo: Demo, console: Console) -> None:
         self._demo = demo
+        self._console = console
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> LiveTable:
@@ -137,7 +138,7 @@ class LiveTable:
 
     def told(self, finding: Finding) -> None:
         """A finding was made: one line above the table."""
-        self._live.console.print(finding_line(self._demo, finding))
+        self._console.print(finding_line(self._demo, finding))
 
     def progress(self) -> None:
         """The table redraws itself."""
@@ -149,11 +150,11 @@ class LiveTable:
         )
         for column in ("conversation", "topic", "z, turn by turn", "risk", ""):
             table.add_column(column, justify="right" if column == "risk" else "left", no_wrap=True)
-        room = max(self._live.console.height - 12, 8)
+        room = max(self._console.height - 12, 8)
         ranked = sorted(self._demo.sessions.items(), key=lambda item: -item[1].risk)
         for id, session in [item for item in ranked if item[1].z][:room]:
             state = Text("flagged", "bold red") if session.flagged else Text("ok", "green")
-            table.add_row(id, session.topic[:30], sparkline(session.z), f"{session.risk:.2f}", state)
+            table.add_row(Text(id), Text(session.topic[:30]), sparkline(session.z), f"{session.risk:.2f}", state)
         return table
 
 
@@ -287,12 +288,11 @@ def show_summary(summary: dict[str, Any], demo: Demo, console: Console) -> None:
     for column in ("kind", "conversations", "flagged", "mean z", "what it is"):
         table.add_column(column, justify="right" if column in ("conversations", "flagged", "mean z") else "left")
     for kind, row in summary["by_kind"].items():
-        table.add_row(
-            kind, str(row["conversations"]), str(row["flagged"]), f"{row['mean_z']:+.2f}", MEANING.get(kind, "")
-        )
+        mean_z = "" if row["mean_z"] is None else f"{row['mean_z']:+.2f}"
+        table.add_row(kind, str(row["conversations"]), str(row["flagged"]), mean_z, MEANING.get(kind, ""))
     console.print(table)
     for id, session in sorted(demo.sessions.items(), key=lambda item: -max(item[1].risk, 0))[:5]:
-        console.print(f"  {id:<20} {sparkline(session.z):<12} {session.topic}", highlight=False)
+        console.print(f"  {id:<20} {sparkline(session.z):<12} {session.topic}", markup=False, highlight=False)
     quiet = [
         f"{row['conversations'] - row['flagged']} of {row['conversations']} {kind}"
         for kind, row in summary["by_kind"].items()
@@ -341,7 +341,7 @@ def spread(scripts: Sequence[Script], count: int | None) -> list[Script]:
     Raises:
         ConfigurationError: fewer than one, or more than there are.
     """
-    order = {kind: 0 for kind in Counter(script.kind for script in scripts)}
+    order = dict.fromkeys(Counter(script.kind for script in scripts), 0)
     rounds: list[tuple[int, Script]] = []
     for script in scripts:
         rounds.append((order[script.kind], script))

@@ -36,7 +36,8 @@ def measure_overhead(
     down or speeds up meanwhile weighs on both alike. One round that is not counted warms up.
     """
     device = loaded.model.device
-    ids = torch.randint(5, 1000, (batch_size, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    words = min(1000, loaded.model.get_input_embeddings().num_embeddings)
+    ids = torch.randint(5, words, (batch_size, 16), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids)
     tap = Tap(loaded.model, {bundle.layer: torch.from_numpy(bundle.directions()[1])})
 

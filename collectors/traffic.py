@@ -75,6 +75,7 @@ def load_scripts(name: str | Path) -> list[Script]:
     ids = [script.id for script in scripts]
     problems = [f"{script.id}: kind {script.kind!r} is unknown" for script in scripts if script.kind not in known]
     problems += [f"{script.id}: no turns" for script in scripts if not script.turns]
+    problems += [f"{script.id}: an empty turn" for script in scripts if not all(turn.strip() for turn in script.turns)]
     problems += [f"{id}: more than one script has this id" for id in sorted({i for i in ids if ids.count(i) > 1})]
     if problems or not scripts:
         raise CatalogueError("; ".join(problems) or f"{path} holds no scripts", cure="correct the file")

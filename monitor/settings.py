@@ -74,6 +74,10 @@ class Settings(BaseSettings):
         description="Secret, at least 32 characters, from which conversation ids are derived. All collectors of one "
         "installation need the same. By default made once and kept in the data directory.",
     )
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Directory of converted model weights, about 0.5 GB each. By default the user's cache directory.",
+    )
     deployment: str | None = Field(
         default=None,
         min_length=1,
