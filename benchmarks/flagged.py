@@ -1,9 +1,9 @@
 """Share of conversations flagged per kind: on the bundle's readout, and on the paper's axis alone.
 
 The demo's scripts are played several times each with a live model; they had no part in building or calibrating
-anything. Both detectors are calibrated in the same way on the same development traffic, so that they differ only in what
-they read. Bounds are exact (Clopper-Pearson, 95 %) over conversations; samples of one script are alike, so they are
-narrower than the truth.
+anything. Both detectors are calibrated in the same way on the same development traffic, so that they differ only in
+what they read. Bounds are exact (Clopper-Pearson, 95 %) over conversations; samples of one script are alike, so they
+are narrower than the truth.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
         table[kind] = row
         print(f"{kind:<20}{len(talks):>4}  " + "".join(f"{cell:>30}" for cell in cells))
     if options.json:
-        print(json.dumps({"benchmark": "flagged", "axis_id": bundle.id, "dtype": options.dtype, "by_kind": table}))
+        print(json.dumps({"benchmark": "flagged", "axis_id": bundle.id, "by_kind": table}))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,10 @@ def axis_build(
     decoder_layers: Override = None,
     seed: Annotated[int, typer.Option(help="Of sampling and splits.")] = 20260121,
 ) -> None:
-    """Build an axis bundle from a model: roles and the default Assistant answer questions, generated and captured in one pass."""
+    """Build an axis bundle from a model.
+
+    Roles and the default Assistant answer questions; generation and capture are one pass.
+    """
     from collectors.assemble import assemble_bundle
     from collectors.build import BuildSettings, collect_rollouts
     from collectors.judge import Judge

@@ -90,8 +90,8 @@ def choose_layer(evidence: Evidence) -> int:
 
     Separation is the mean of both AUROCs of `separation_by_layer` on the choose split. Neighbouring layers differ by
     less than the data can tell: all within one standard error of the best (Breiman et al. 1984; the standard error is
-    Hanley and McNeil's, 1982) are as good. Of those, `alignment` decides: there the axis is what personas differ by most,
-    as in the paper, and not one of several directions. No response or role of the report split has a say.
+    Hanley and McNeil's, 1982) are as good. Of those, `alignment` decides: there the axis is what personas differ by
+    most, as in the paper, and not one of several directions. No response or role of the report split has a say.
     """
     separation = separation_by_layer(evidence, "choose")
     mean = np.mean([separation["axis"], separation["persona_axis"]], axis=0)

@@ -1,9 +1,9 @@
 """Fits what the detector reads, and where its boundaries lie, on developed traffic. Pure numpy; it draws nothing.
 
 The readout is Fisher's linear discriminant over the measured directions: it points from drifting towards healthy
-responses, scaled by how either side scatters. Kinds of conversation weigh the same, and how they differ from one another
-counts as scatter: a direction in which a poem differs from a plain task is no evidence, which is what tells a poem from a
-persona. (With scatter within kinds only, held-out AUROC on the development scripts was 0.95 instead of 0.97.)
+responses, scaled by how either side scatters. Kinds of conversation weigh the same, and how they differ from one
+another counts as scatter: a direction in which a poem differs from a plain task is no evidence, which is what tells a
+poem from a persona. (With scatter within kinds only, held-out AUROC on the development scripts was 0.95, not 0.97.)
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Floats = NDArray[np.floating]
 # Kind of conversation -> its conversations, each a list of responses in order.
 Conversations = Mapping[str, Sequence[Sequence[Projection]]]
 
-# Parts of the false-alarm share that level, drop, cusum and dip may spend. Drop and dip are for sharp events and see most of
-# a healthy conversation's changes of subject: they get less, and so alarm on what is extreme only.
+# Parts of the false-alarm share that level, drop, cusum and dip may spend. Drop and dip are for sharp events, and see
+# most of a healthy conversation's changes of subject: they get less, and so alarm on what is extreme only.
 _SPENT = (0.35, 0.15, 0.35, 0.15)
 _OUT_OF_REACH = Boundaries(level=1e9, drop=1e9, cusum=1e9, dip=1e9)
 
