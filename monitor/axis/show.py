@@ -70,7 +70,9 @@ def _show_figures(stated: Mapping[str, Any], console: Console) -> None:
     for name in ("Assistant Axis", "persona axis"):
         table.add_column(name, justify="right")
     rows = [
-        ("cosine with the first component of the roles", "cosine_pc1"),
+        ("cosine with the first component of these roles", "cosine_pc1"),
+        ("cosine with the plane of their first two components", "cosine_pc1_pc2_plane"),
+        ("cosine with the first component of all roles", "cosine_pc1_all_roles"),
         ("AUROC, default against in role, per response", "auroc_response"),
         ("AUROC, default against in role, per role", "auroc_role"),
         ("AUROC, requested styles against in role", "auroc_style_against_role"),
