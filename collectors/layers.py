@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,10 @@ def find_decoder_layers(model: nn.Module, override: str | None = None) -> Decode
                 cure=f"name one of: {', '.join(_layer_lists(modules)) or '(the model has none)'}",
             )
         return _decoder_layers(modules, override, found)
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    count = getattr(text_config, "num_hidden_layers", None)
-    candidates = [path for path, size in _layer_lists(modules).items() if size == count]
+    count = _layer_count(modules)
+    lists = [path for path, size in _layer_lists(modules).items() if size == count]
+    # A list inside another one's layers is a part of them: experts, as many as there are layers.
+    candidates = [path for path in lists if not any(path.startswith(f"{outer}.") for outer in lists)]
     if len(candidates) > 1:
         # A vision or audio tower may happen to be as deep: the text decoder is the one transformers itself points to.
         get_decoder: Any = getattr(model, "get_decoder", None)
@@ -84,7 +85,18 @@ def find_decoder_layers(model: nn.Module, override: str | None = None) -> Decode
     return _decoder_layers(modules, candidates[0], found)
 
 
-def _layer_lists(modules: dict[str, nn.Module]) -> dict[str, int]:
+def _layer_count(modules: Mapping[str, nn.Module]) -> int | None:
+    """What the outermost configuration says; a wrapper need not have one of its own."""
+    for module in modules.values():
+        config: Any = getattr(module, "config", None)
+        text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        count = getattr(text_config, "num_hidden_layers", None)
+        if isinstance(count, int):
+            return count
+    return None
+
+
+def _layer_lists(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Every `ModuleList` whose members are of one class, with its length."""
     return {
         path: len(module)
@@ -93,5 +105,5 @@ def _layer_lists(modules: dict[str, nn.Module]) -> dict[str, int]:
     }
 
 
-def _decoder_layers(modules: dict[str, nn.Module], path: str, layers: nn.ModuleList) -> DecoderLayers:
+def _decoder_layers(modules: Mapping[str, nn.Module], path: str, layers: nn.ModuleList) -> DecoderLayers:
     return DecoderLayers(path=path, owner=modules[path.rpartition(".")[0]], layers=layers)

@@ -1,8 +1,8 @@
-"""Which tokens are the response: in a generated sequence, in a prompt, and in a whole conversation.
+"""Which tokens are the response: in a generated sequence, and in a whole conversation.
 
-It works on token ids alone and knows nothing of models or activations. The rule, everywhere the same: prompt, template,
-special and stop tokens never count; nor does the last token of a response that no stop token follows, because while
-generating, that token is never fed back and so has no activation (facts: "the last sampled token").
+It works on token ids and text alone, and knows nothing of models or activations. The rule, everywhere the same: prompt,
+template, special and stop tokens never count; nor does the last token of a response that no stop token follows: the
+last token that is sampled is never fed back, and so has no activation.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from monitor.errors import ModelError
 
 __all__ = [
     "Conversation",
-    "assistant_header",
     "encode_conversation",
     "encode_prompt",
-    "prompt_turns",
+    "encode_reply",
     "response_tokens",
     "special_token_ids",
     "stop_token_ids",
@@ -32,21 +31,19 @@ Message = Mapping[str, str]
 
 def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
     """The ids that end a response: every end-of-sequence id in force, and the padding that follows it."""
-    ids: set[int] = set()
     sources = (
         getattr(generation_config, "eos_token_id", None),
         getattr(generation_config, "pad_token_id", None),
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
     )
-    for value in sources:
-        ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [int(value)])
-    return frozenset(int(value) for value in ids)
+    return frozenset(int(id) for value in sources if value is not None for id in np.atleast_1d(value))
 
 
 def special_token_ids(tokenizer: Any) -> frozenset[int]:
     """The tokenizer's special ids: template, not speech, wherever they stand."""
-    return frozenset(int(value) for value in tokenizer.all_special_ids)
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(int(id) for id in added.union(tokenizer.all_special_ids))
 
 
 def response_tokens(
@@ -74,62 +71,17 @@ def response_tokens(
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Messages as the ids that the model continues, the assistant's header last."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    text = _rendered(tokenizer, messages, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def assistant_header(tokenizer: Any) -> tuple[int, ...]:
-    """The ids that open an assistant turn, such as `<|im_start|>assistant\\n`.
-
-    Raises:
-        ModelError: the template opens none, so turns can't be told apart.
-    """
-    probe = [{"role": "user", "content": "x"}]
-    without = tokenizer.apply_chat_template(probe, tokenize=False)
-    with_header = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-    header = with_header[len(without) :] if with_header.startswith(without) else ""
-    ids = tuple(tokenizer(header, add_special_tokens=False)["input_ids"]) if header else ()
-    if not ids:
-        raise ModelError(
-            "the chat template adds no assistant header, so turns can't be told apart in a prompt",
-            cure="name conversations yourself: with watch.identify(conversation_id=..., turn=...)",
-        )
-    return ids
-
-
-def prompt_turns(
-    ids: Sequence[int], header: Sequence[int], stop: Collection[int]
-) -> tuple[list[int], list[int] | None, int]:
-    """Read a prompt's ids as turns.
-
-    Args:
-        ids: one prompt without padding, the assistant's header last.
-        header: see `assistant_header`.
-        stop: ids that end a turn.
-
-    Returns:
-        The ids up to and including the first assistant header; the first assistant reply's ids, or None when it is the
-        one being generated; and the index of the assistant turn being generated, from 0.
-    """
-    header = list(header)
-    ids = list(ids)
-    starts = [i + len(header) for i in range(len(ids) - len(header) + 1) if ids[i : i + len(header)] == header]
-    if not starts:
-        return ids, None, 0
-    if len(starts) == 1:
-        return ids[: starts[0]], None, 0
-    rest = ids[starts[0] :]
-    end = next((i for i, token in enumerate(rest) if token in stop), len(rest))
-    return ids[: starts[0]], rest[:end], len(starts) - 1
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A whole conversation as ids, for teacher forcing.
+    """A conversation as ids, for teacher forcing.
 
     Attributes:
         ids: the ids of all turns.
-        spans: per assistant turn, [start, end) of its reply's tokens in `ids`, the stop token left out.
+        spans: per assistant turn, [start, end) of its reply's tokens in `ids`; template and stop tokens left out.
     """
 
     ids: list[int]
@@ -143,23 +95,60 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> Conversa
     rewritten by what follows it; that is checked.
 
     Raises:
-        ModelError: the template is not prefix-stable for these messages.
+        ModelError: the template is not prefix-stable for these messages, or rewrites a reply.
     """
     messages = list(messages)
-    ids: list[int] = list(
-        tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
-    )
-    stop = stop_token_ids(tokenizer)
+    text = _rendered(tokenizer, messages)
+    ids, offsets = _encoded(tokenizer, text)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = encode_prompt(tokenizer, messages[:index])
-        if ids[: len(prompt)] != prompt:
+        prompt = _rendered(tokenizer, messages[:index], add_generation_prompt=True)
+        if not text.startswith(prompt):
             raise ModelError(
                 f"the chat template rewrites what comes before message {index}, so one pass can't score all turns",
-                cure="score this conversation turn by turn",
+                cure="score this conversation turn by turn, with `encode_reply`",
             )
-        end = next((i for i in range(len(prompt), len(ids)) if ids[i] in stop), len(ids))
-        spans.append((len(prompt), end))
+        spans.append(_span(text, offsets, len(prompt), message["content"], index))
     return Conversation(ids, spans)
+
+
+def encode_reply(tokenizer: Any, messages: Sequence[Message]) -> Conversation:
+    """Encode a conversation up to one assistant reply, which is the last message, and find that reply alone.
+
+    Raises:
+        ModelError: the template rewrites the reply, so that it can't be found.
+    """
+    messages = list(messages)
+    text = _rendered(tokenizer, messages)
+    prompt = _rendered(tokenizer, messages[:-1], add_generation_prompt=True)
+    ids, offsets = _encoded(tokenizer, text)
+    shared = next((i for i, pair in enumerate(zip(text, prompt, strict=False)) if pair[0] != pair[1]), len(prompt))
+    return Conversation(ids, [_span(text, offsets, shared, messages[-1]["content"], len(messages) - 1)])
+
+
+def _span(text: str, offsets: Sequence[tuple[int, int]], start: int, content: str, index: int) -> tuple[int, int]:
+    """The tokens [start, end) of one reply. Found by its text, since templates put more than it after their header."""
+    spoken = content if text.find(content, start) >= 0 else content.strip()
+    begin = text.find(spoken, start)
+    if begin < 0:
+        raise ModelError(
+            f"the chat template rewrites message {index}, so its tokens can't be told",
+            cure="score turn by turn, with `encode_reply`, and give replies as the template writes them",
+        )
+    inside = [i for i, (first, last) in enumerate(offsets) if last > begin and first < begin + len(spoken)]
+    return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], **options: bool) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{type(tokenizer).__name__} can't say which text a token stands for", cure="use a fast tokenizer"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])

@@ -1,9 +1,9 @@
 """The tap: one forward hook per chosen decoder layer that projects the residual stream where it is, and can hold it.
 
 It knows nothing of tokens, turns or events: it fills a buffer `[rows, positions, k]`, indexed by the absolute
-position of each fed token, and leaves the reading to others. Nothing is copied off the device and nothing waits for it while tokens
-are generated. Holding is the paper's activation capping (arXiv 2601.10387, "activation capping": a floor on the
-projection); steering adds a vector, as in its steering experiments.
+position of each fed token, and leaves the reading to others. Nothing is copied off the device and nothing waits for it
+while tokens are generated. Holding is the paper's activation capping (arXiv 2601.10387, "activation capping": a floor
+on the projection); steering adds a vector, as in its steering experiments.
 
 An error inside the tap is caught and counted, and switches the tap off: serving never fails because of it.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from collectors.layers import find_decoder_layers
 from monitor import telemetry
 
 __all__ = ["Hold", "Recording", "Steer", "Tap"]
+
+_log = structlog.get_logger("anchorwatch.tap")
 
 
 @dataclass(frozen=True)
@@ -58,24 +61,40 @@ class Recording:
 
     `values[layer]` has shape [rows, positions, k] in float32; positions that were never fed are NaN, so that a reader
     who is off by one sees it. `moved[layer]` [rows, positions] is true where holding moved the token at that layer.
+
+    Positions are absolute, so that what is fed again replaces what was rejected. Passes that belong to no response,
+    such as those of classifier-free guidance, run with a cache of their own, and are left out.
     """
 
     positions: int
     held_rows: Tensor | None = None
     values: dict[int, Tensor] = field(default_factory=dict)
     moved: dict[int, Tensor] = field(default_factory=dict)
-    start: int | Tensor = 0
-    first_new: int = 0
-    seen: int = 0
+    foreign: bool = False
+    _start: int | Tensor = 0
+    _first_new: int = 0
+    _seen: int = 0
+    _cache: Any = None
 
     def begin_forward(self, past: Any) -> None:
         """A forward pass starts: find the absolute position of the first token it is fed."""
-        length = past.get_seq_length() if past is not None else None
-        self.start = 0 if length is None else length
-        # Without a cache everything is fed again, each time in the order of the *running* beams. What a position held
-        # when it was first fed is what a cache would have kept, so only positions not seen before are written.
-        # With a cache, a position that is fed again replaces a rejected candidate, so it is written.
-        self.first_new = self.seen if length is None else 0
+        self.foreign = self._cache is not None and past is not self._cache
+        if self.foreign:
+            return
+        if past is None:
+            # Without a cache everything is fed again, each time in the order of the *running* beams. What a position
+            # held when it was first fed is what a cache would have kept, so only positions not seen before are written.
+            self._start, self._first_new = 0, self._seen
+            return
+        self._cache = past
+        length = past.get_seq_length()
+        self._first_new = 0
+        self._start = length
+        if isinstance(length, Tensor):
+            # A static cache keeps its length on the device, and moves it in place within this very pass: so copy it.
+            # Reading it would make the host wait for the device at every token.
+            self._start = length.clone()
+            self.positions = max(self.positions, int(past.layers[0].max_cache_len))
 
     def write(self, layer: int, values: Tensor) -> None:
         """Store [rows, fed, k] at the positions being fed."""
@@ -85,20 +104,30 @@ class Recording:
         """Store which tokens [rows, fed] holding moved at one layer."""
         self.moved[layer] = self._place(self.moved.get(layer), moved, False)
 
+    def held(self, rows: int, device: torch.device) -> Tensor | None:
+        """Which of the `rows` being fed are held, [rows]; beams of a held row are. None where none is."""
+        held = self.held_rows
+        if held is None or rows % len(held):
+            return None
+        if held.device != device or len(held) != rows:  # once per call: not a copy to the device for every token
+            held = self.held_rows = held.to(device).repeat_interleave(rows // len(held))
+        return held
+
     def _place(self, buffer: Tensor | None, values: Tensor, empty: float | bool) -> Tensor:
         rows, fed = values.shape[:2]
-        if isinstance(self.start, Tensor):  # a static cache under torch.compile: its length lives on the device
+        if isinstance(self._start, Tensor):
             buffer = self._room(buffer, values, self.positions, empty)
-            places = torch.arange(fed, device=values.device) + self.start.to(values.device)
-            buffer.index_copy_(1, places, values)
-            return buffer
-        stop = self.start + fed
-        self.seen = max(self.seen, stop)
+            places = torch.arange(fed, device=values.device) + self._start.to(values.device)
+            # Clamped, since an index out of range would take the whole process down on a GPU. It can't be: the cache,
+            # which has no more room than this buffer, was written first.
+            return buffer.index_copy_(1, places.clamp(max=buffer.shape[1] - 1), values)
+        stop = self._start + fed
+        self._seen = max(self._seen, stop)
         buffer = self._room(buffer, values, stop, empty)
-        first = max(self.start, self.first_new)
+        first = max(self._start, self._first_new)
         if rows != buffer.shape[0]:
             raise ValueError(f"{rows} rows were fed into a recording of {buffer.shape[0]}")
-        buffer[:, first:stop] = values[:, first - self.start :]
+        buffer[:, first:stop] = values[:, first - self._start :]
         return buffer
 
     def _room(self, buffer: Tensor | None, values: Tensor, positions: int, empty: float | bool) -> Tensor:
@@ -154,11 +183,15 @@ class Tap:
         self._on_device: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def __enter__(self) -> Tap:
-        self._handles.append(self.decoder.owner.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        # Hooks stay ordinary Python at every pass, under `torch.compile` too, where the graph breaks at them: traced
+        # into the graph they would be bound to the one recording that was open while it was compiled.
+        eager: Any = torch.compiler.disable
+        before = eager(self._before_forward)
+        self._handles.append(self.decoder.owner.register_forward_pre_hook(before, with_kwargs=True))
         for layer, module in self._modules.items():
+            hook = eager(self._hook_for(layer))
             # First in line: transformers' own recording of hidden states then sees what the next layer sees.
-            handle = module.register_forward_hook(self._hook_for(layer), prepend=True)
-            self._handles.append(handle)
+            self._handles.append(module.register_forward_hook(hook, prepend=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -207,7 +240,8 @@ class Tap:
                 return None
             try:
                 hidden = output[0] if isinstance(output, tuple) else output
-                changed = self._at_layer(recording, layer, hidden)
+                with _full_precision(hidden.device.type):
+                    changed = self._at_layer(recording, layer, hidden)
             except Exception as error:
                 self._switch_off(error)
                 return None
@@ -220,22 +254,26 @@ class Tap:
     def _at_layer(self, recording: Recording, layer: int, hidden: Tensor) -> Tensor | None:
         """Measure, then hold, then steer; returns the new hidden state where it changed."""
         wide = hidden.detach().float()
-        if layer in self._directions:
+        if layer in self._directions and not recording.foreign:
             directions = self._directions[layer]
             measured = (
                 wide if directions is None else wide @ self._moved_to("directions", layer, directions, wide.device)
             )
             recording.write(layer, measured)
         changed: Tensor | None = None
-        hold, rows = self.hold, recording.held_rows
-        if hold is not None and rows is not None and layer in hold.layers:
-            index = hold.layers.index(layer)
-            vector = self._moved_to("hold", layer, hold.vectors[index], wide.device)
-            rows = rows.to(wide.device).repeat_interleave(wide.shape[0] // rows.shape[0])
-            shortfall = (wide @ vector - hold.floors[index]).clamp(max=0.0) * rows[:, None]
-            recording.write_moved(layer, shortfall < 0)
-            wide = wide - shortfall[..., None] * vector
-            changed = wide.to(hidden.dtype)
+        hold = self.hold
+        if hold is not None and layer in hold.layers:
+            held = recording.held(wide.shape[0], wide.device)
+            if held is not None:
+                index = hold.layers.index(layer)
+                vector = self._moved_to("hold", layer, hold.vectors[index], wide.device)
+                gap = wide @ vector - hold.floors[index]
+                moved = (gap < 0) & held[:, None]
+                if not recording.foreign:
+                    recording.write_moved(layer, moved)
+                # Chosen, not multiplied by zero: what is not moved keeps its bits.
+                wide = torch.where(moved[..., None], wide - gap[..., None] * vector, wide)
+                changed = wide.to(hidden.dtype)
         if self.steer is not None and layer == self.steer.layer:
             vector = self._moved_to("steer", layer, self.steer.vector, wide.device)
             changed = (wide + self.steer.strength * vector).to(hidden.dtype)
@@ -250,3 +288,12 @@ class Tap:
     def _switch_off(self, error: Exception) -> None:
         self.error = error
         telemetry.TAP_ERRORS.inc()
+        # The type only: a foreign error's message could hold conversation text.
+        _log.error("the tap switched itself off: responses are neither measured nor held", error=type(error).__name__)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast, where the caller has it on, would do the projection in half precision."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

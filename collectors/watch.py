@@ -7,6 +7,8 @@ and logged, and the caller gets the model's answer all the same: serving never f
 from __future__ import annotations
 
 import contextvars
+import functools
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +20,17 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from collectors.identity import Identity, derive_identity
+from collectors.calls import Gathered, GenerateCall, gather, read_call, sequences_of, with_beam_indices
+from collectors.identity import ChatMarks, Identity, chat_marks, derive_identity, prompt_turn
 from collectors.measure import measure_response
 from collectors.models import describe_model
 from collectors.publish import Publisher
-from collectors.spans import assistant_header, prompt_turns, response_tokens, special_token_ids, stop_token_ids
+from collectors.spans import response_tokens, special_token_ids
 from collectors.tap import Hold, Recording, Tap
 from monitor import telemetry
 from monitor.axis.bundle import Bundle, check_model
 from monitor.errors import AnchorwatchError, ConfigurationError, ModelError
-from monitor.events import Projection, Windows, now_utc
+from monitor.events import Projection, Windows, decode_projection, encode, now_utc
 
 __all__ = ["HoldPolicy", "Watch", "watch"]
 
@@ -45,6 +48,9 @@ class _Request:
     turn: int | Sequence[int] | None = None
     caller: str | Sequence[str] | None = None
     response_id: str | Sequence[str] | None = None
+
+
+_NOTHING_SAID = _Request()
 
 
 @contextmanager
@@ -84,21 +90,26 @@ def watch(
             with w.identify(conversation_id="4711", turn=0):
                 model.generate(**inputs)
     """
+    model = getattr(model, "_orig_mod", model)  # `torch.compile(model)` generates with the model inside
     for warning in check_model(bundle, describe_model(model, tokenizer)):
         _log.warning(warning)
     watching = Watch(
         model, tokenizer, bundle, publisher, installation_key, deployment, source, hold, decoder_layers, clock
     )
-    original = model.generate
+    before = model.__dict__.get("generate")  # None where only the class has one
+    watched = watching.wrap(model.generate)
     with watching.tap:
-        model.generate = watching.wrap(original)
+        model.generate = watched
         try:
             yield watching
         finally:
-            # The class's own method shows again, unless somebody else had put one on the instance before.
-            del model.generate
-            if model.generate != original:
-                model.generate = original
+            watching.open = False
+            # Somebody may have put another one over it meanwhile, which calls ours: then ours just passes on.
+            if model.__dict__.get("generate") is watched:
+                if before is None:
+                    del model.generate
+                else:
+                    model.generate = before
 
 
 class Watch:
@@ -124,6 +135,8 @@ class Watch:
     ) -> None:
         self.emitted = 0
         self.unscored = 0
+        self.open = True
+        self._counting = threading.Lock()
         self._model = model
         self._tokenizer = tokenizer
         self._bundle = bundle
@@ -138,11 +151,12 @@ class Watch:
         weights = readout.coordinates if readout else {"assistant_axis": 1.0}
         self._readout = np.array([weights.get(name, 0.0) for name in self._names])
         self._special = special_token_ids(tokenizer)
-        self._header: tuple[int, ...] | None
+        self._marks: ChatMarks | None
         try:
-            self._header = assistant_header(tokenizer)
-        except ModelError:
-            self._header = None  # turns and conversations must be given then
+            self._marks = chat_marks(tokenizer)
+        except ModelError as error:
+            self._marks = None
+            _log.warning(error.problem, cure=error.cure)
         self.tap = Tap(
             model,
             {bundle.layer: torch.from_numpy(directions)},
@@ -150,6 +164,8 @@ class Watch:
             decoder_layers=decoder_layers,
         )
         self._request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("request", default=None)
+        # The recording of the call under way in this thread: a draft model may be the model itself.
+        self._outer: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("outer", default=None)
 
     @contextmanager
     def identify(
@@ -177,145 +193,146 @@ class Watch:
     def wrap(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate` with the tap open around it."""
 
+        @functools.wraps(generate)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            config = kwargs.get("generation_config") or self._model.generation_config
-            beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
-            asked_dict = kwargs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", None))
+            if not self.open:
+                return generate(*args, **kwargs)
+            outer = self._outer.get()
+            if outer is not None:  # a draft within a generate call is no response
+                with self.tap.record(0, outer.held_rows):
+                    return generate(*args, **kwargs)
             try:
-                call = self._prepare(args, kwargs)
+                call = read_call(self._model, self._tokenizer, args, kwargs)
             except Exception as error:
                 self._failed(error)
                 return generate(*args, **kwargs)
-            if beams > 1:
-                kwargs["return_dict_in_generate"] = True  # only the dict says which beam a token came from
-            with self.tap.record(call.positions, call.held_rows) as recording:
-                output = generate(*args, **kwargs)
+            if call.beams > 1 and call.supported:
+                args, kwargs = with_beam_indices(args, kwargs)
+            with self.tap.record(call.width + call.limit, self._held_rows(call)) as recording:
+                token = self._outer.set(recording)
+                try:
+                    output = generate(*args, **kwargs)
+                finally:
+                    self._outer.reset(token)
             try:
-                self._emit(call, recording, output, stop_token_ids(self._tokenizer, config))
+                self._emit(call, recording, output)
             except Exception as error:
-                self._failed(error)
-            return output.sequences if beams > 1 and not asked_dict else output
+                self._failed(error, call.rows)
+            return output.sequences if call.beams > 1 and call.supported and not call.wants_dict else output
 
         return watched
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        embeds = kwargs.get("inputs_embeds")
-        prompt = ids if ids is not None else embeds
-        if prompt is None:
-            return _Call(0, None, None, None, 0, None)
-        width = int(embeds.shape[1] if embeds is not None else prompt.shape[1])
-        request = self._request.get() or _Request()
-        rows = int(prompt.shape[0])
-        held: list[bool] | None = None
+    def _held_rows(self, call: GenerateCall) -> list[bool] | None:
+        """Which rows are held; None where none is, so that nothing is computed for it."""
+        if self._hold == "off":
+            return None
         if self._hold == "always":
-            held = [True] * rows
-        elif self._hold != "off":
-            names = [_of_row(request.conversation_id, row, rows) for row in range(rows)]
-            # A conversation whose name is not known yet has not drifted yet.
-            held = [name is not None and self._hold(name) for name in names]
-        more = kwargs.get("max_new_tokens") or 0
-        return _Call(width + more, ids, kwargs.get("attention_mask"), held, width, request)
+            return [True] * call.rows
+        held = []
+        for row in range(call.rows):
+            try:
+                identity = self._identity(call, row, None)
+                # A conversation that has no name yet has not drifted yet.
+                held.append(identity is not None and identity.certainty != "unlinked" and self._held(identity))
+            except Exception as error:
+                held.append(False)
+                _log.error("it can't be told whether to hold a conversation: it is not held", error=_told(error))
+        return held if any(held) else None
 
-    def _emit(self, call: _Call, recording: Recording, output: Any, stop: frozenset[int]) -> None:
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        beam_indices = None if isinstance(output, torch.Tensor) else getattr(output, "beam_indices", None)
-        start = call.width if call.ids is not None else 0  # embedded prompts are not part of the sequences
-        generated = sequences[:, start:].cpu().numpy()
-        values = recording.values.get(self._bundle.layer)
-        if self.tap.error is not None or values is None:
-            for _ in generated:
-                self._unscored("tap_error")
+    def _held(self, identity: Identity) -> bool:
+        return callable(self._hold) and bool(self._hold(identity.conversation_id))
+
+    def _emit(self, call: GenerateCall, recording: Recording, output: Any) -> None:
+        sequences = sequences_of(call, output)
+        if not call.supported or sequences is None:
+            self._unscored("unsupported", call.rows)
             return
-        at_prompt, spoken, moved = _gather(recording, values, call, generated.shape[1], beam_indices, len(generated))
-        inputs = call.ids.shape[0] if call.ids is not None else len(generated)
-        for row, ids in enumerate(generated):
-            end, counted = response_tokens(ids, stop, self._special)
-            counted &= ~np.isnan(spoken[row, :end]).all(axis=1) if beam_indices is not None else True
-            measured = measure_response(spoken[row, :end], counted, self._readout)
-            if measured is None or not np.isfinite(at_prompt[row]).all():
-                self._unscored("empty" if not counted.any() else "not_finite")
-                continue
-            source_row = row * inputs // len(generated)
-            choice = row - source_row * (len(generated) // inputs)
-            identity = self._identity(call, source_row, inputs, ids[:end], stop)
-            if identity is None:
-                self._unscored("unidentified")
-                continue
-            given = _of_row(call.request.response_id, source_row, inputs) if call.request else None
-            projection = Projection(
-                id=f"{given or uuid.uuid4().hex}-{choice}",
-                time=self._clock(),
-                source=self._source,
-                conversation_id=identity.conversation_id,
-                turn=identity.turn,
-                model=self._bundle.info.model.name,
-                axis_id=self._bundle.id,
-                layer=self._bundle.layer,
-                deployment=self._deployment,
-                projection=float(measured.mean[self._names.index("assistant_axis")]),
-                coordinates=self._named(measured.mean),
-                prompt=self._named(at_prompt[row]),
-                windows=Windows(lowest=self._named(measured.lowest_window), last=self._named(measured.last_window)),
-                tokens=measured.tokens,
-                held=float(moved[row, :end][counted].mean()),
-                attributes={"identity": identity.certainty, "finish_reason": "stop" if end < len(ids) else "length"},
-            )
-            if self._publisher.publish(projection):
-                self.emitted += 1
+        if self.tap.error is not None or self._bundle.layer not in recording.values:
+            self._unscored("tap_error", len(sequences))
+            return
+        gathered = gather(call, recording, self._bundle.layer, output, sequences)
+        for response, ids in enumerate(sequences[:, call.start :].cpu().numpy()):
+            try:
+                self._emit_response(call, gathered, response, len(sequences), ids)
+            except Exception as error:
+                self._failed(error)
 
-    def _identity(
-        self, call: _Call, row: int, rows: int, reply: NDArray[np.int64], stop: frozenset[int]
-    ) -> Identity | None:
-        request = call.request or _Request()
-        given, turn = _of_row(request.conversation_id, row, rows), _of_row(request.turn, row, rows)
+    def _emit_response(
+        self, call: GenerateCall, gathered: Gathered, response: int, responses: int, ids: NDArray[np.int64]
+    ) -> None:
+        row, choice = divmod(response, responses // call.rows)
+        end, counted = response_tokens(ids, call.stop, self._special)
+        counted &= gathered.followed[response, :end]
+        if not counted.any():
+            return self._unscored("empty")
+        measured = measure_response(gathered.spoken[response, :end], counted, self._readout)
+        at_prompt = gathered.prompt[response]
+        if measured is None or not np.isfinite(at_prompt).all():
+            return self._unscored("not_finite")
+        identity = self._identity(call, row, ids[:end].tolist())
+        if identity is None:
+            return self._unscored("unidentified")
+        given = _of_row((self._request.get() or _NOTHING_SAID).response_id, row, call.rows)
+        projection = Projection(
+            id=f"{given or uuid.uuid4().hex}-{choice}",
+            time=self._clock(),
+            source=self._source,
+            conversation_id=identity.conversation_id,
+            turn=identity.turn,
+            model=self._bundle.info.model.name,
+            axis_id=self._bundle.id,
+            layer=self._bundle.layer,
+            deployment=self._deployment,
+            projection=_rounded(measured.mean[self._names.index("assistant_axis")]),
+            coordinates=self._named(measured.mean),
+            prompt=self._named(at_prompt),
+            windows=Windows(lowest=self._named(measured.lowest_window), last=self._named(measured.last_window)),
+            tokens=measured.tokens,
+            held=float(gathered.moved[response, :end][counted].mean()),
+            attributes={
+                "identity": identity.certainty,
+                "finish_reason": "length" if end == len(ids) >= call.limit else "stop",
+            },
+        )
+        decode_projection(encode(projection))  # what a worker would have to refuse is told here, where it was made
+        if self._publisher.publish(projection):
+            with self._counting:
+                self.emitted += 1
+        return None
+
+    def _identity(self, call: GenerateCall, row: int, reply: list[int] | None) -> Identity | None:
+        """Whose response a row's is; None where it can't be told, or not before the reply is there."""
+        request = self._request.get() or _NOTHING_SAID
+        given, turn = _of_row(request.conversation_id, row, call.rows), _of_row(request.turn, row, call.rows)
         if given is not None and turn is not None:
             return Identity(given, turn, "given")
-        if call.ids is None or self._header is None:
+        prompt = call.prompt(row)
+        if prompt is None or self._marks is None:
             return None
-        prompt = call.ids[row]
-        if call.mask is not None:
-            prompt = prompt[call.mask[row].bool()]
-        prompt_ids = prompt.tolist()
         if given is not None:
-            return Identity(given, prompt_turns(prompt_ids, self._header, stop)[2], "given")
+            return Identity(given, prompt_turn(self._tokenizer, prompt, self._marks), "given")
         if self._key is None:
             return None
         return derive_identity(
-            prompt_ids,
-            reply.tolist(),
+            prompt,
+            reply,
             tokenizer=self._tokenizer,
-            header=self._header,
-            stop=stop,
+            marks=self._marks,
             key=self._key,
-            caller=_of_row(request.caller, row, rows),
+            caller=_of_row(request.caller, row, call.rows),
         )
 
     def _named(self, values: NDArray[np.floating]) -> dict[str, float]:
-        # Seven digits are what a float32 activation has; more would only be bytes on the wire.
-        return {name: float(f"{value:.7g}") for name, value in zip(self._names, values, strict=True)}
+        return {name: _rounded(value) for name, value in zip(self._names, values, strict=True)}
 
-    def _failed(self, error: Exception) -> None:
-        self._unscored("error")
-        # Of a foreign error the type only: its message could hold conversation text.
-        told = str(error) if isinstance(error, AnchorwatchError) else type(error).__name__
-        _log.error("a generate call could not be measured", error=told)
+    def _failed(self, error: Exception, responses: int = 1) -> None:
+        self._unscored("error", responses)
+        _log.error("a response could not be measured", error=_told(error))
 
-    def _unscored(self, reason: str) -> None:
-        self.unscored += 1
-        telemetry.RESPONSES_UNSCORED.labels(reason).inc()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One generate call: positions to expect, prompt ids [rows, width], mask, rows to hold, what was said of it."""
-
-    positions: int
-    ids: Any
-    mask: Any
-    held_rows: list[bool] | None
-    width: int
-    request: _Request | None
+    def _unscored(self, reason: str, responses: int = 1) -> None:
+        with self._counting:
+            self.unscored += responses
+        telemetry.RESPONSES_UNSCORED.labels(reason).inc(responses)
 
 
 def hold_of(bundle: Bundle) -> Hold:
@@ -328,6 +345,16 @@ def hold_of(bundle: Bundle) -> Hold:
     )
 
 
+def _rounded(value: float) -> float:
+    """Seven digits are what a float32 activation has; more would only be bytes on the wire."""
+    return float(f"{value:.7g}")
+
+
+def _told(error: Exception) -> str:
+    # Of a foreign error the type only: its message could hold conversation text.
+    return str(error) if isinstance(error, AnchorwatchError) else type(error).__name__
+
+
 def _of_row(value: Any, row: int, rows: int) -> Any:
     """The entry of one row, where one value may stand for all rows."""
     if value is None or isinstance(value, (str, int)):
@@ -337,35 +364,3 @@ def _of_row(value: Any, row: int, rows: int) -> Any:
             f"{len(value)} values were given for {rows} rows", cure="give one for each row, or one for all"
         )
     return value[row]
-
-
-def _gather(
-    recording: Recording, values: Any, call: _Call, generated: int, beam_indices: Any, rows: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-    """Copy off the device: at the last prompt token [rows, k], at each generated token [rows, generated, k], and which
-    of those holding moved [rows, generated]. Tokens that were never fed are NaN."""
-    device, width = values.device, call.width
-    moved = torch.zeros(values.shape[:2], dtype=torch.bool, device=device)
-    for at_layer in recording.moved.values():
-        moved[:, : at_layer.shape[1]] |= at_layer.to(device)[:, : moved.shape[1]]
-    last = torch.full((rows,), width - 1, device=device)
-    if call.mask is not None:  # padded on the right: the last prompt token stands before the padding
-        places = torch.arange(call.mask.shape[1], device=call.mask.device)
-        last = (call.mask * places).argmax(dim=1).to(device).repeat_interleave(rows // call.mask.shape[0])
-    columns = torch.arange(width, width + generated, device=device).expand(rows, -1)
-    row_of = torch.arange(rows, device=device)[:, None].expand(rows, generated)
-    fed = columns < values.shape[1]
-    prompt_row = row_of[:, 0] if generated else torch.arange(rows, device=device)
-    if beam_indices is not None:
-        # A beam's token `t` was fed in the row from which its token `t + 1` was then chosen.
-        chosen = torch.full((rows, generated), -1, dtype=torch.long, device=device)
-        known = beam_indices.to(device)[:, 1 : generated + 1]
-        chosen[:, : known.shape[1]] = known
-        fed = fed & (chosen >= 0)
-        row_of = chosen.clamp(min=0)
-        prompt_row = beam_indices.to(device)[:, 0].clamp(min=0)
-    columns = columns.clamp(max=values.shape[1] - 1)
-    spoken = values[row_of, columns]
-    spoken = torch.where(fed[..., None], spoken, torch.nan)
-    packed = torch.cat([values[prompt_row, last][:, None], spoken], dim=1).float().cpu().numpy()
-    return packed[:, 0], packed[:, 1:], (moved[row_of, columns] & fed).cpu().numpy()
