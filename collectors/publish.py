@@ -6,21 +6,23 @@ and what happens then was chosen: drop the newest, drop the oldest, or block. Dr
 
 from __future__ import annotations
 
-import threading
+import atexit
 import time
 from collections import deque
+from threading import Condition, Thread
 from typing import Literal, Protocol
 
 import structlog
 
 from monitor import telemetry
-from monitor.errors import ConfigurationError, LogError, LogUnavailable
+from monitor.errors import AnchorwatchError, ConfigurationError, LogUnavailable
 from monitor.events import Projection, encode
 from monitor.stream.log import PROJECTIONS, Log, Message
 
 __all__ = ["Publisher", "QueuePublisher", "WhenFull"]
 
 WhenFull = Literal["drop_newest", "drop_oldest", "block"]
+Reason = Literal["full", "closed", "log", "invalid"]
 
 BATCH = 500
 FIRST_RETRY_SECONDS = 0.1
@@ -41,14 +43,16 @@ class QueuePublisher:
 
     Args:
         log: where to write.
-        size: projections held in memory at most.
-        when_full: what gives way when the queue is full.
+        size: projections held in memory at most, those being written included.
+        when_full: what gives way when the queue is full. What is being written can't any more: where the queue is
+            nothing else, "drop_oldest" drops the newest.
         topic: the log's topic.
 
     Attributes:
         dropped: how many were dropped, for whatever reason.
 
-    Use as a context manager, or call `close`, which flushes.
+    Use as a context manager, or call `close`, which flushes; so does an orderly end of the process. Make it after a
+    fork: threads do not survive one.
     """
 
     def __init__(
@@ -57,17 +61,19 @@ class QueuePublisher:
         if size < 1:
             raise ConfigurationError(f"the queue's size is {size}", cure="ANCHORWATCH_QUEUE_SIZE must be at least 1")
         self.dropped = 0
+        self._lost = 0  # dropped after they had been taken
         self._log = log
         self._size = size
         self._when_full = when_full
         self._topic = topic
-        self._waiting: deque[Projection] = deque()
+        self._waiting: deque[Message] = deque()
         self._writing = 0
         self._closing = False
         self._deadline = float("inf")
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="anchorwatch-publisher", daemon=True)
+        self._changed = Condition()
+        self._thread = Thread(target=self._run, name="anchorwatch-publisher", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def __enter__(self) -> QueuePublisher:
         return self
@@ -77,91 +83,99 @@ class QueuePublisher:
 
     def publish(self, projection: Projection) -> bool:
         """Queue one projection. Waits only where `when_full` is "block"."""
+        try:
+            message = Message(key=projection.conversation_id, value=encode(projection))
+        except Exception as error:  # such as half a surrogate pair in a name: it must not stop the line behind it
+            _log.error("a projection can't be encoded", error=type(error).__name__)
+            with self._changed:
+                return self._drop("invalid")
         with self._changed:
-            if self._closing:
-                return self._drop("closed")
-            # What is being written still takes memory, so it counts.
-            while len(self._waiting) + self._writing >= self._size:
-                if self._when_full == "drop_newest" or not (self._waiting or self._when_full == "block"):
-                    return self._drop("full")
-                if self._when_full == "drop_oldest":
+            while not self._closing and len(self._waiting) + self._writing >= self._size:
+                if self._when_full == "block":
+                    self._changed.wait()
+                elif self._when_full == "drop_oldest" and self._waiting:
                     self._waiting.popleft()
                     self._drop("full")
                 else:
-                    self._changed.wait()
-                    if self._closing:
-                        return self._drop("closed")
-            self._waiting.append(projection)
-            telemetry.PUBLISHER_QUEUE_DEPTH.set(len(self._waiting))
-            self._changed.notify_all()
+                    return self._drop("full")
+            if self._closing:
+                return self._drop("closed")
+            self._waiting.append(message)
+            self._tell()
             return True
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Wait until everything taken so far is written; False when that took longer than `timeout` seconds."""
+        """Wait until everything taken so far is written; False when it was not in `timeout` seconds, or was lost."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
+            lost = self._lost
+            done = self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
+            return done and self._lost == lost
 
     def close(self, timeout: float = 10.0) -> None:
-        """Write what is queued, for at most `timeout` seconds; what is left then is dropped, and counted."""
+        """Write what is queued, for at most `timeout` seconds; what is left then is dropped, and counted.
+
+        A batch that the log is writing at that moment is neither: it is counted when the log answers.
+        """
+        atexit.unregister(self.close)
         with self._changed:
             self._closing = True
-            self._deadline = time.monotonic() + timeout
-            self._changed.notify_all()
-        self._thread.join(timeout + LONGEST_RETRY_SECONDS)
+            self._deadline = min(self._deadline, time.monotonic() + timeout)
+            self._tell()
+        self._thread.join(timeout)
         with self._changed:
             while self._waiting:
                 self._waiting.popleft()
                 self._drop("closed")
+            self._tell()
 
-    def _drop(self, reason: str) -> bool:
+    def _drop(self, reason: Reason) -> bool:
         self.dropped += 1
+        self._lost += reason in ("closed", "log")
         telemetry.PUBLISHER_DROPPED.labels(reason).inc()
         return False
+
+    def _tell(self) -> None:
+        telemetry.PUBLISHER_QUEUE_DEPTH.set(len(self._waiting) + self._writing)
+        self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
+                if not self._waiting or time.monotonic() >= self._deadline:
                     return
                 batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
                 self._writing = len(batch)
-            self._write(batch)
+            written = self._write(batch)
             with self._changed:
                 self._writing = 0
-                telemetry.PUBLISHER_QUEUE_DEPTH.set(len(self._waiting))
-                self._changed.notify_all()
-                if self._closing and time.monotonic() >= self._deadline:
-                    return
+                if not written:
+                    for _ in batch:
+                        self._drop("log")
+                self._tell()
 
-    def _write(self, batch: list[Projection]) -> None:
-        """Append, and try again while the log is away; until closing has taken too long."""
-        messages = [Message(key=projection.conversation_id, value=encode(projection)) for projection in batch]
+    def _write(self, batch: list[Message]) -> bool:
+        """Append, and try again while the log is away; until closing has taken too long. False when it gave up."""
         pause = FIRST_RETRY_SECONDS
         while True:
             try:
-                self._log.append(self._topic, messages)
-                return
+                self._log.append(self._topic, batch)
+                return True
             except LogUnavailable as error:
                 _log.warning(
                     "the log is away; trying again", problem=error.problem, seconds=pause, queued=len(self._waiting)
                 )
-            except LogError as error:
+            except AnchorwatchError as error:
                 _log.error("the log refuses projections", problem=error.problem, cure=error.cure)
-                self._give_up(batch)
-                return
+                return False
+            except Exception as error:  # a fault in a log's own code must not end this thread, and with it the queue
+                _log.error("the log failed", error=type(error).__name__)
+                return False
             with self._changed:
-                if self._closing:
-                    pause = min(pause, max(self._deadline - time.monotonic(), 0.0))
-                if time.monotonic() >= self._deadline:
-                    break
                 self._changed.wait_for(lambda: self._closing, timeout=pause)
-                if self._closing:
-                    time.sleep(min(pause, 0.1))
+                left = self._deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if self._closing:
+                time.sleep(min(FIRST_RETRY_SECONDS, left))
             pause = min(pause * 2, LONGEST_RETRY_SECONDS)
-        self._give_up(batch)
-
-    def _give_up(self, batch: list[Projection]) -> None:
-        with self._changed:
-            for _ in batch:
-                self._drop("log")
