@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -222,7 +223,9 @@ def run_demo(
         f"layer {axis.layer}; axis {axis.id[:12]}. Every reply is generated; z is in standard deviations of healthy "
         "traffic, low is drift."
     )
-    talks = [(script.id, script) for script in scripts]
+    # A log that is kept may hold an earlier run: its conversations must not be continued by this one.
+    run = f"@{uuid.uuid4().hex[:6]}" if data_dir else ""
+    talks = [(script.id + run, script) for script in scripts]
     demo = Demo(talks)
     view: View = LiveTable(demo, console) if console.is_terminal else Lines(demo, console)
     with tempfile.TemporaryDirectory(prefix="anchorwatch-") as scratch:
