@@ -18,7 +18,7 @@ from torch import Tensor
 from collectors.spans import stop_token_ids
 from collectors.tap import Recording
 
-__all__ = ["Gathered", "GenerateCall", "gather", "read_call", "sequences_of", "with_beam_indices"]
+__all__ = ["Gathered", "GenerateCall", "adapted", "gather", "read_call", "sequences_of"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class GenerateCall:
         beams: number of beams; 1 without beam search.
         stop: ids that end a response.
         wants_dict: whether the caller asked for a dict of outputs.
+        compile_config: how transformers is to compile the decoding, where that was said.
         supported: false for ways of generating in which the recording can't be trusted.
     """
 
@@ -47,6 +48,7 @@ class GenerateCall:
     beams: int
     stop: frozenset[int]
     wants_dict: bool
+    compile_config: Any
     supported: bool
 
     def prompt(self, row: int) -> list[int] | None:
@@ -93,6 +95,7 @@ def read_call(model: Any, tokenizer: Any, args: tuple[Any, ...], kwargs: dict[st
         beams=int(setting("num_beams", 1)),
         stop=stop,
         wants_dict=bool(setting("return_dict_in_generate", False)),
+        compile_config=setting("compile_config"),
         # Guidance feeds a second prompt; without a cache it can't be told from the first. The others run loops of
         # their own.
         supported=not (
@@ -103,17 +106,27 @@ def read_call(model: Any, tokenizer: Any, args: tuple[Any, ...], kwargs: dict[st
     )
 
 
-def with_beam_indices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, asking for a dict of outputs: only that says which beam each token came from."""
+def adapted(
+    call: GenerateCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, as far as they must change so that the call can be followed; the tokens stay the same.
+
+    Only a dict of outputs says which beam each token came from; and a graph that must not break can't have hooks.
+    """
+    changes: dict[str, Any] = {"return_dict_in_generate": True} if call.beams > 1 else {}
+    if call.compile_config is not None and call.compile_config.fullgraph:
+        changes["compile_config"] = copy.copy(call.compile_config)
+        changes["compile_config"].fullgraph = False
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    if config is None:
-        return args, {**kwargs, "return_dict_in_generate": True}
+    if config is None or not changes:
+        return args, kwargs | changes
+    kwargs = {name: value for name, value in kwargs.items() if name not in changes}
     config = copy.deepcopy(config)
-    config.return_dict_in_generate = True
+    for name, value in changes.items():
+        setattr(config, name, value)
     if len(args) > 1:
-        kwargs = {name: value for name, value in kwargs.items() if name != "return_dict_in_generate"}
         return (args[0], config, *args[2:]), kwargs
-    return args, {**kwargs, "generation_config": config}
+    return args, kwargs | {"generation_config": config}
 
 
 def sequences_of(call: GenerateCall, output: Any) -> Tensor | None:

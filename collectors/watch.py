@@ -20,7 +20,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from collectors.calls import Gathered, GenerateCall, gather, read_call, sequences_of, with_beam_indices
+from collectors.calls import Gathered, GenerateCall, adapted, gather, read_call, sequences_of
 from collectors.identity import ChatMarks, Identity, chat_marks, derive_identity, prompt_turn
 from collectors.measure import measure_response
 from collectors.models import describe_model
@@ -67,7 +67,10 @@ def watch(
     decoder_layers: str | None = None,
     clock: Callable[[], str] = now_utc,
 ) -> Iterator[Watch]:
-    """Watch a model until the block ends.
+    """Watch `model.generate` until the block ends.
+
+    Compiled models give the same numbers, but their graphs break at the hooks, and are compiled anew when the watch
+    begins; a forward that was compiled with `fullgraph=True` refuses to run then. What does not go through `generate`, such as `generate_batch`, is not seen.
 
     Args:
         model, tokenizer: a decoder-only transformers model and its tokenizer.
@@ -96,6 +99,8 @@ def watch(
     watching = Watch(
         model, tokenizer, bundle, publisher, installation_key, deployment, source, hold, decoder_layers, clock
     )
+    # Graphs that were compiled before know nothing of our hooks, and torch does not look for new ones: compile anew.
+    torch.compiler.reset()
     before = model.__dict__.get("generate")  # None where only the class has one
     watched = watching.wrap(model.generate)
     with watching.tap:
@@ -178,6 +183,8 @@ class Watch:
     ) -> Iterator[None]:
         """Say whose the generate calls in this block are; each value is for all rows, or one per row of the input.
 
+        It holds in this thread: to generate in another one, call `contextvars.copy_context().run` there.
+
         Args:
             conversation_id: at most 256 characters. Without it, it is derived from how the conversation began.
             turn: index of the assistant turn. Without it, it is counted in the prompt.
@@ -206,8 +213,8 @@ class Watch:
             except Exception as error:
                 self._failed(error)
                 return generate(*args, **kwargs)
-            if call.beams > 1 and call.supported:
-                args, kwargs = with_beam_indices(args, kwargs)
+            if call.supported:
+                args, kwargs = adapted(call, args, kwargs)
             with self.tap.record(call.width + call.limit, self._held_rows(call)) as recording:
                 token = self._outer.set(recording)
                 try:

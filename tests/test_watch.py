@@ -74,16 +74,24 @@ def test_the_tokens_are_the_unwatched_models(
     assert is_clean(model)
 
 
-@pytest.mark.parametrize("arguments", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-def test_the_real_models_tokens_are_the_unwatched_models(smollm2: Any, arguments: Any) -> None:
+@pytest.mark.slow
+def test_the_real_models_tokens_are_the_unwatched_models(smollm2: Any, collected: Collected) -> None:
     model, tokenizer = smollm2.model, smollm2.tokenizer
     encoded = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in ("Hi", "Who are you, ghost?")]
     ids, mask = pad(encoded, "left", tokenizer.pad_token_id)
-    torch.manual_seed(0)
-    plain = model.generate(ids, attention_mask=mask, max_new_tokens=16, **arguments)
+
+    def answers() -> list[list[int]]:
+        torch.manual_seed(0)
+        return [
+            model.generate(ids, attention_mask=mask, max_new_tokens=12, **arguments).tolist()
+            for arguments in (GREEDY, SAMPLING)
+        ]
+
+    plain = answers()
     bundle = tiny_bundle(model, tokenizer, layer=16, hold_layers=(22, 25))
-    done = run(model, tokenizer, bundle, encoded, max_new_tokens=16, **arguments)
-    assert done.generated == plain[:, ids.shape[1] :].tolist()
+    with watch(model, tokenizer, bundle, collected, installation_key=KEY):
+        assert answers() == plain
+    assert len(collected.projections) == 4
 
 
 def test_what_comes_back_has_the_form_that_was_asked_for(
