@@ -144,12 +144,13 @@ def _weights_hash(model: nn.Module) -> str:
     not meant to withstand somebody who forges them.
     """
     digest = hashlib.sha256()
+    longest = min(_CHUNK, max((parameter.numel() for parameter in model.parameters()), default=0))
     places: dict[torch.device, torch.Tensor] = {}
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             device = parameter.device
             if device not in places:
-                places[device] = torch.arange(_CHUNK, device=device) % _PERIOD + 1
+                places[device] = torch.arange(longest, device=device) % _PERIOD + 1
             sums = torch.zeros(2, dtype=torch.int64, device=device)
             for part in torch.split(parameter.detach().reshape(-1), _CHUNK):
                 bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int64)

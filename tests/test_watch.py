@@ -462,7 +462,8 @@ def test_arguments_may_be_given_in_any_way(
         llama.generate(None, config, [Says(says)], input_ids=ids)
         llama.generate(input_ids=ids, max_new_tokens=9, eos_token_id=end, logits_processor=[Says(says)], **GREEDY)
         llama.generate(ids, max_length=ids.shape[1] + 9, eos_token_id=end, logits_processor=[Says(says)], **GREEDY)
-        llama.generate(ids, eos_token_id=torch.tensor([end, 61]), logits_processor=[Says(says)], **GREEDY)
+        many = torch.tensor([end, 61])
+        llama.generate(ids, eos_token_id=many, max_new_tokens=9, logits_processor=[Says(says)], **GREEDY)
     assert [projection.tokens for projection in collected.projections] == [2] * 6
     assert {projection.attributes["finish_reason"] for projection in collected.projections} == {"stop"}
     assert len({projection.projection for projection in collected.projections}) == 1
@@ -537,7 +538,7 @@ def test_ways_of_generating_that_can_not_be_followed_are_counted(
 
     before = unscored("unsupported")
     with watch(llama, tokenizer, bundles["llama"], collected) as watching, watching.identify(conversation_id="c"):
-        llama.generate(torch.tensor(prompts(1)), custom_generate=own_loop)
+        llama.generate(torch.tensor(prompts(1)), custom_generate=own_loop, max_new_tokens=5)
         llama.generate(torch.tensor(prompts(1)), guidance_scale=1.5, use_cache=False, max_new_tokens=5, **SAMPLING)
     assert (watching.emitted, watching.unscored, unscored("unsupported") - before) == (0, 2, 2)
 
