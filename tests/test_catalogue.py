@@ -98,7 +98,8 @@ def test_the_default_assistant_is_asked_without_a_system_message_with_an_empty_o
 def test_no_prompt_of_a_role_is_a_mere_label(shipped: Catalogue) -> None:
     for role, prompts in shipped.roles.items():
         for prompt in prompts:
-            assert 15 <= len(prompt.split()) <= 50, (role, prompt)
+            # Most say two things, who the role is and how it speaks; a book of rules would drown so small a model.
+            assert 15 <= len(prompt.split()) <= 100, (role, prompt)
 
 
 # The version
