@@ -70,7 +70,8 @@ def watch(
     """Watch `model.generate` until the block ends.
 
     Compiled models give the same numbers, but their graphs break at the hooks, and are compiled anew when the watch
-    begins; a forward that was compiled with `fullgraph=True` refuses to run then. What does not go through `generate`, such as `generate_batch`, is not seen.
+    begins; a forward that was compiled with `fullgraph=True` refuses to run then. What does not go through `generate`,
+    such as `generate_batch`, is not seen.
 
     Args:
         model, tokenizer: a decoder-only transformers model and its tokenizer.
@@ -210,11 +211,11 @@ class Watch:
                     return generate(*args, **kwargs)
             try:
                 call = read_call(self._model, self._tokenizer, args, kwargs)
+                if call.supported:
+                    args, kwargs = adapted(call, args, kwargs)
             except Exception as error:
                 self._failed(error)
                 return generate(*args, **kwargs)
-            if call.supported:
-                args, kwargs = adapted(call, args, kwargs)
             with self.tap.record(call.width + call.limit, self._held_rows(call)) as recording:
                 token = self._outer.set(recording)
                 try:
