@@ -131,6 +131,8 @@ def run(
 ) -> Run:
     """Generate under a watch. Projections are keyed by `row-choice`."""
     ids, mask = pad(prompts, side, tokenizer.pad_token_id)
+    if "stop_strings" in arguments:
+        arguments["tokenizer"] = tokenizer
     keep = _Keep()
     torch.manual_seed(seed)
     with (

@@ -94,6 +94,31 @@ def test_other_caches(
     assert len(check(model, tokenizer, bundle, done)) == 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guidance_away_from_a_longer_prompt(
+    family: str, tiny_models: Any, tokenizer: Any, bundles: Any, prompts: Any
+) -> None:
+    # The other prompt's passes reach the positions of the response.
+    model, bundle = tiny_models[family], bundles[family]
+    away = torch.randint(3, len(tokenizer), (2, 70), generator=torch.Generator().manual_seed(0))
+    arguments = {"guidance_scale": 1.5, "negative_prompt_ids": away, "max_new_tokens": 20, **SAMPLING}
+    done = run(model, tokenizer, bundle, prompts(2), **arguments)
+    assert len(check(model, tokenizer, bundle, done)) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "neox"])
+def test_beams_that_a_stop_string_ends(
+    family: str, tiny_models: Any, tokenizer: Any, bundles: Any, prompts: Any
+) -> None:
+    # Nothing was generated from such a beam's last token, so it was not fed; an end token follows it all the same.
+    model, bundle, end = tiny_models[family], bundles[family], tokenizer.eos_token_id
+    arguments = {"stop_strings": list("abcdefghijklm0123456789"), "num_return_sequences": 2, **BEAMS}
+    done = run(model, tokenizer, bundle, prompts(3), max_new_tokens=20, suppress_tokens=[end], **arguments)
+    assert any(end in generated for generated in done.generated)
+    done.generated = [[token for token in generated if token != end] for generated in done.generated]
+    check(model, tokenizer, bundle, done)
+
+
 class Passes:
     """How many tokens each forward pass of a model was fed."""
 
@@ -272,13 +297,15 @@ def test_what_was_never_fed_is_not_a_number(llama: Any, bundles: Any, prompts: A
     assert values[:, : ids.shape[1]].isfinite().all() and values[:, ids.shape[1] :].isnan().all()
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_the_buffer_grows_when_more_is_fed_than_was_announced(
-    llama: Any, tokenizer: Any, bundles: Any, prompts: Any
+    static: bool, llama: Any, bundles: Any, prompts: Any
 ) -> None:
+    arguments = {"cache_implementation": "static", "disable_compile": True} if static else {}
     directions = torch.from_numpy(measured_directions(bundles["llama"])).float()
     prompt = prompts(1)[0]
     with Tap(llama, {TAPPED: directions}) as tap, tap.record(positions=3) as recording:
-        output = llama.generate(torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, **SAMPLING)
+        output = llama.generate(torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, **arguments, **SAMPLING)
     fed = output[0, :-1].tolist()
     theirs = stream(llama, fed, TAPPED) @ measured_directions(bundles["llama"])
     assert np.abs(recording.values[TAPPED][0, : len(fed)].numpy() - theirs).max() < 1e-4 * theirs.std()
@@ -394,10 +421,13 @@ def test_a_held_response_is_measured_as_if_it_were_not(
     assert all(projection.held == 0 for projection in free.projections.values())
 
 
-def test_only_the_conversations_that_the_policy_names_are_held(llama: Any, tokenizer: Any, prompts: Any) -> None:
+@pytest.mark.parametrize("arguments", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_only_the_conversations_that_the_policy_names_are_held(
+    arguments: Any, llama: Any, tokenizer: Any, prompts: Any
+) -> None:
     bundle = floored(llama, tokenizer, 1e3)
-    free = run(llama, tokenizer, bundle, prompts(3), max_new_tokens=20, **GREEDY)
-    some = run(llama, tokenizer, bundle, prompts(3), max_new_tokens=20, hold=lambda name: name == "c1", **GREEDY)
+    free = run(llama, tokenizer, bundle, prompts(3), max_new_tokens=20, **arguments)
+    some = run(llama, tokenizer, bundle, prompts(3), max_new_tokens=20, hold=lambda name: name == "c1", **arguments)
     check(llama, tokenizer, bundle, some)
     assert {key: p.held for key, p in some.projections.items()} == {"0-0": 0.0, "1-0": 1.0, "2-0": 0.0}
     assert some.generated[1] != free.generated[1]

@@ -9,7 +9,7 @@ import contextvars
 import copy
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -381,7 +381,17 @@ def test_threads_have_their_own_numbers(llama: Any, tokenizer: Any, bundles: Any
         )
 
 
-def test_ctrl_c_leaves_no_trace(llama: Any, tokenizer: Any, bundles: Any, prompts: Any, collected: Collected) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal; a process in the background may have it switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_no_trace(
+    interruptible: None, llama: Any, tokenizer: Any, bundles: Any, prompts: Any, collected: Collected
+) -> None:
     asked = inputs(prompts, tokenizer)
 
     def press(step: int) -> None:
