@@ -95,14 +95,16 @@ def test_other_caches(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_guidance_away_from_a_longer_prompt(
-    family: str, tiny_models: Any, tokenizer: Any, bundles: Any, prompts: Any
+@pytest.mark.parametrize("longer", [-2, 20])
+def test_guidance_by_another_prompt(
+    family: str, longer: int, tiny_models: Any, tokenizer: Any, bundles: Any, prompts: Any
 ) -> None:
-    # The other prompt's passes reach the positions of the response.
-    model, bundle = tiny_models[family], bundles[family]
-    away = torch.randint(3, len(tokenizer), (2, 70), generator=torch.Generator().manual_seed(0))
+    # The other prompt's passes reach the positions of the response, after or before the response does.
+    model, bundle, asked = tiny_models[family], bundles[family], prompts(2)
+    shape = (2, max(map(len, asked)) + longer)
+    away = torch.randint(3, len(tokenizer), shape, generator=torch.Generator().manual_seed(0))
     arguments = {"guidance_scale": 1.5, "negative_prompt_ids": away, "max_new_tokens": 20, **SAMPLING}
-    done = run(model, tokenizer, bundle, prompts(2), **arguments)
+    done = run(model, tokenizer, bundle, asked, **arguments)
     assert len(check(model, tokenizer, bundle, done)) == 2
 
 
