@@ -112,6 +112,11 @@ class Boundaries(Struct, frozen=True):
         critical_factor: critical begins at this multiple of the warning boundary; > 1.
         budget: share of healthy conversations that may warn, where one was asked for.
         certification: whether enough conversations stand behind that budget.
+        critical_budget, critical_certification: the same for critical; uncertified where `critical_factor` is a choice.
+        block_turns: the budget is for a block of so many responses, at most; each further block of a conversation is
+            a new unit, in which the statistics start anew. None: one unit, however long.
+        conversations: healthy conversations behind the boundaries; 0 where nobody counted.
+        probability_within: of the realised share being within the budget, over draws of the calibration.
     """
 
     level: float
@@ -121,6 +126,11 @@ class Boundaries(Struct, frozen=True):
     critical_factor: float = 2.0
     budget: float | None = None
     certification: Certification = "uncertified"
+    critical_budget: float | None = None
+    critical_certification: Certification = "uncertified"
+    block_turns: int | None = None
+    conversations: int = 0
+    probability_within: float | None = None
 
 
 class PersonaSpace(Struct, frozen=True):
@@ -164,7 +174,8 @@ class DetectorConfig(Struct, frozen=True, dict=True):
         axis_id: the only axis that it judges.
         readout: what is read from a response.
         baselines: by deployment; one without a baseline is `learning`.
-        boundaries: where the alarm lies.
+        boundaries: where the alarm lies, for every deployment that has no boundaries of its own.
+        own_boundaries: by deployment.
         persona_space: to name the nearest roles, where the bundle has one.
         ewma_weight: weight of the newest z in the level, in (0, 1].
         cusum_slack: how far below the mean a response may lie without adding to the CUSUM; standard deviations.
@@ -181,6 +192,7 @@ class DetectorConfig(Struct, frozen=True, dict=True):
     baselines: dict[str, Baseline]
     boundaries: Boundaries
     persona_space: PersonaSpace | None = None
+    own_boundaries: dict[str, Boundaries] = {}
     ewma_weight: float = 0.4
     cusum_slack: float = 0.5
     release_fraction: float = 0.6
@@ -194,6 +206,10 @@ class DetectorConfig(Struct, frozen=True, dict=True):
                 "the detector's configuration is wrong:\n  - " + "\n  - ".join(problems),
                 cure="calibrate again, or correct the values named above",
             )
+
+    def boundaries_of(self, deployment: str) -> Boundaries:
+        """Where the alarm lies for one deployment."""
+        return self.own_boundaries.get(deployment, self.boundaries)
 
     @cached_property
     def config_id(self) -> str:
@@ -244,16 +260,9 @@ def _numbers(config: DetectorConfig) -> Iterator[str]:
         yield "axis_id is empty"
     if not any(weights) or not all(map(math.isfinite, weights)):
         yield "readout must have finite weights, not all of them 0"
-    b = config.boundaries
-    for name, value in (("level", b.level), ("drop", b.drop), ("cusum", b.cusum), ("dip", b.dip)):
-        if not _positive(value):
-            yield f"boundaries.{name} is {value}, must be finite and > 0"
-    if not (math.isfinite(b.critical_factor) and b.critical_factor > 1.0):
-        yield f"boundaries.critical_factor is {b.critical_factor}, must be finite and > 1"
-    if b.budget is not None and not 0.0 < b.budget < 1.0:
-        yield f"boundaries.budget is {b.budget}, must lie between 0 and 1"
-    if b.budget is None and b.certification == "certified":
-        yield "boundaries.certification is 'certified', but there is no budget to certify"
+    yield from _boundaries("boundaries", config.boundaries)
+    for deployment, own in sorted(config.own_boundaries.items()):
+        yield from _boundaries(f"own_boundaries[{deployment!r}]", own)
     if not 0.0 < config.ewma_weight <= 1.0:
         yield f"ewma_weight is {config.ewma_weight}, must lie in (0, 1]"
     if not (math.isfinite(config.cusum_slack) and config.cusum_slack >= 0.0):
@@ -264,6 +273,23 @@ def _numbers(config: DetectorConfig) -> Iterator[str]:
         yield f"release_turns is {config.release_turns}, must be >= 1"
     if not _positive(config.session_gap_seconds):
         yield f"session_gap_seconds is {config.session_gap_seconds}, must be finite and > 0"
+
+
+def _boundaries(where: str, b: Boundaries) -> Iterator[str]:
+    """What is wrong with one set of boundaries."""
+    for name, value in (("level", b.level), ("drop", b.drop), ("cusum", b.cusum), ("dip", b.dip)):
+        if not _positive(value):
+            yield f"{where}.{name} is {value}, must be finite and > 0"
+    if not (math.isfinite(b.critical_factor) and b.critical_factor > 1.0):
+        yield f"{where}.critical_factor is {b.critical_factor}, must be finite and > 1"
+    if b.block_turns is not None and b.block_turns < 1:
+        yield f"{where}.block_turns is {b.block_turns}, must be >= 1"
+    budgets = (("", b.budget, b.certification), ("critical_", b.critical_budget, b.critical_certification))
+    for prefix, budget, certification in budgets:
+        if budget is not None and not 0.0 < budget < 1.0:
+            yield f"{where}.{prefix}budget is {budget}, must lie between 0 and 1"
+        if budget is None and certification == "certified":
+            yield f"{where}.{prefix}certification is 'certified', but there is no budget to certify"
 
 
 def _baselines(config: DetectorConfig) -> Iterator[str]:

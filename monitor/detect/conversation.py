@@ -18,6 +18,10 @@ segment: statistics and turn numbers restart, ids are kept. It is looked at befo
 again at turn 0 under an old conversation id is watched, not `late`. An open episode is closed without a finding and
 counted in `lapsed`: `recovered` would claim what nobody measured, and the dispatcher resolves episodes that fall
 silent. A changed deployment starts no segment: each z is already in the units of its own baseline.
+
+Blocks. An alarm budget holds for a block of so many responses (`Boundaries.block_turns`); without an end to it, every
+conversation would warn if it only went on for long enough. So after that many responses the statistics start anew,
+unless an episode is open: then they go on until it has ended.
 """
 
 from __future__ import annotations
@@ -83,6 +87,7 @@ class ConversationState(Struct, frozen=True, array_like=True):
         episode: the open one.
         folded, duplicates, branches, late, unjudged, learning: records by outcome, over the whole conversation.
         lapsed: episodes that a new segment cut off.
+        block: responses folded since the statistics last started anew.
     """
 
     segment: int = 0
@@ -108,6 +113,7 @@ class ConversationState(Struct, frozen=True, array_like=True):
     unjudged: int = 0
     learning: int = 0
     lapsed: int = 0
+    block: int = 0
 
 
 class Statistics(NamedTuple):
@@ -178,15 +184,18 @@ def _fold(
     now: ConversationState, projection: Projection, config: DetectorConfig, baseline: Baseline, time: float
 ) -> Step:
     """Move the statistics by one response, and open, worsen or end an episode."""
-    boundaries = config.boundaries
+    boundaries = config.boundaries_of(projection.deployment)
     z = baseline.z(config.readout.value(projection.coordinates, projection.prompt))
     dip = -baseline.window_z(config.readout.value(projection.windows.lowest, projection.prompt))
     first = not now.turns
-    start = z if first else now.start
-    ewma = z if first else config.ewma_weight * z + (1.0 - config.ewma_weight) * now.ewma
+    full = boundaries.block_turns is not None and now.block >= boundaries.block_turns and now.episode is None
+    anew = first or full
+    start = z if anew else now.start
+    ewma = z if anew else config.ewma_weight * z + (1.0 - config.ewma_weight) * now.ewma
     # A CUSUM without a ceiling ranks conversations by their age and, after a long excursion, takes as long again to
     # come down. Past critical there is nothing more to tell, so it stops there.
-    cusum = min(max(0.0, now.cusum - z - config.cusum_slack), boundaries.critical_factor * boundaries.cusum)
+    past = 0.0 if anew else now.cusum
+    cusum = min(max(0.0, past - z - config.cusum_slack), boundaries.critical_factor * boundaries.cusum)
     statistics = Statistics(-ewma, start - ewma, cusum, dip)
     worst = _worst(statistics, boundaries)
     findings: list[Finding] = []
@@ -233,6 +242,7 @@ def _fold(
         outcome="folded",
         episode=episode,
         folded=now.folded + 1,
+        block=1 if anew else now.block + 1,
     )
     return Step(after, findings, "folded", z, worst.risk, statistics)
 
@@ -267,6 +277,8 @@ def _finding(
 ) -> Finding:
     identity = f"{episode.id}\x1f{kind}\x1f{severity}\x1f{projection.turn}"
     space = config.persona_space
+    boundaries = config.boundaries_of(projection.deployment)
+    critical = severity == "critical"
     return Finding(
         id=hashlib.sha256(identity.encode()).hexdigest()[:32],
         time=projection.time,
@@ -280,8 +292,8 @@ def _finding(
         value=worst.value,
         boundary=worst.boundary,
         risk=worst.risk,
-        budget=config.boundaries.budget,
-        certification=config.boundaries.certification,
+        budget=boundaries.critical_budget if critical else boundaries.budget,
+        certification=boundaries.critical_certification if critical else boundaries.certification,
         config_id=config.config_id,
         episode_id=episode.id,
         nearest_roles=space.nearest(projection.coordinates) if space else [],
