@@ -12,12 +12,12 @@ says how likely it lies within the budget, and `confidence` asks for a boundary 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from monitor.errors import ConfigurationError
 
-__all__ = ["Limit", "Load", "expected_load", "fewest", "limit", "probability_within"]
+__all__ = ["Limit", "Load", "exact_interval", "expected_load", "fewest", "limit", "probability_within"]
 
 
 class Limit(NamedTuple):
@@ -53,17 +53,15 @@ class Load(NamedTuple):
 
 def probability_within(conversations: int, rank: int, budget: float) -> float:
     """P(realised share <= budget) for the rank-th smallest of n: P(Binomial(n, budget) >= n + 1 - rank)."""
-    fewer = (
-        math.exp(
-            math.lgamma(conversations + 1)
-            - math.lgamma(count + 1)
-            - math.lgamma(conversations - count + 1)
-            + count * math.log(budget)
-            + (conversations - count) * math.log1p(-budget)
-        )
-        for count in range(conversations + 1 - rank)
-    )
-    return max(0.0, 1.0 - math.fsum(fewer))
+    return max(0.0, 1.0 - _at_most(conversations - rank, conversations, budget))
+
+
+def exact_interval(count: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Clopper-Pearson interval of a share; (0, 1) of nothing."""
+    tail = (1.0 - confidence) / 2
+    low = 0.0 if count == 0 else _solve(lambda share: 1.0 - _at_most(count - 1, of, share) < tail)
+    high = 1.0 if count == of else _solve(lambda share: _at_most(count, of, share) > tail)
+    return low, high
 
 
 def fewest(budget: float, confidence: float | None = None) -> int:
@@ -123,6 +121,30 @@ def expected_load(budget: float, *, detection: float, conversations_per_day: flo
     true_alarms = conversations_per_day * prevalence * detection
     total = false_alarms + true_alarms
     return Load(false_alarms, true_alarms, true_alarms / total if total else None)
+
+
+def _at_most(count: int, of: int, share: float) -> float:
+    """P(Binomial(of, share) <= count), for a share inside (0, 1)."""
+    terms = (
+        math.exp(
+            math.lgamma(of + 1)
+            - math.lgamma(found + 1)
+            - math.lgamma(of - found + 1)
+            + found * math.log(share)
+            + (of - found) * math.log1p(-share)
+        )
+        for found in range(count + 1)
+    )
+    return min(1.0, math.fsum(terms))
+
+
+def _solve(below: Callable[[float], bool]) -> float:
+    """Where a condition that holds for small shares ceases to hold, by bisection."""
+    low, high = 1e-12, 1.0 - 1e-12
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low
 
 
 def _least_budget(count: int, confidence: float | None) -> float:

@@ -12,10 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from monitor.axis.readout import Readout
 from monitor.detect.baseline import Boundaries, DetectorConfig, fit_baseline
+from monitor.detect.budget import fewest, limit
 from monitor.detect.conversation import ConversationState, step
 from monitor.errors import ConfigurationError
 from monitor.events import Projection
@@ -26,9 +28,11 @@ Floats = NDArray[np.floating]
 # Kind of conversation -> its conversations, each a list of responses in order.
 Conversations = Mapping[str, Sequence[Sequence[Projection]]]
 
-# Parts of the false-alarm share that level, drop, cusum and dip may spend. Drop and dip are for sharp events, and see
-# most of a healthy conversation's changes of subject: they get less, and so alarm on what is extreme only.
+# Parts of the false alarms that level, drop, cusum and dip may spend. Drop and dip are for sharp events, and see most
+# of a healthy conversation's changes of subject: they get less, and so alarm on what is extreme only. The shape is
+# read at a larger share than any budget, where a development split of a hundred conversations still says something.
 _SPENT = (0.35, 0.15, 0.35, 0.15)
+_SHAPE_SHARE = 0.08
 _OUT_OF_REACH = Boundaries(level=1e9, drop=1e9, cusum=1e9, dip=1e9)
 
 
@@ -76,63 +80,69 @@ def fit_readout(
 
 
 def calibrate(
-    healthy: Conversations,
+    development: Sequence[Sequence[Projection]],
+    calibration: Sequence[Sequence[Projection]],
     *,
     deployment: str,
     axis_id: str,
     readout: Readout,
-    share: float,
+    budget: float,
+    critical_budget: float | None = None,
+    confidence: float | None = None,
     critical_factor: float = 1.5,
     ewma_weight: float = 0.4,
     cusum_slack: float = 0.5,
 ) -> DetectorConfig:
-    """Baseline and boundaries from healthy conversations.
+    """Baseline and boundaries from healthy conversations, each of its own user or script.
 
-    Each statistic is scaled by the percentile over conversations that would spend its part of `share` (`_SPENT`); the
-    boundary then is one factor on all of them, the order statistic ceil((n + 1)(1 - share)) of the conversations'
-    largest scaled statistic. This is the form of a split-conformal boundary, but here the same conversations served to
-    fit the readout, so it is *uncertified*.
+    The development conversations give the baseline and the scale of each statistic (`_SPENT`); the calibration
+    conversations, which had no part in anything else, give the one factor on all four scales: the split-conformal
+    boundary on the conversations' largest scaled statistic. It holds for blocks of T responses, T the 95th percentile
+    of the calibration conversations' lengths; of a longer one, the first T count.
 
     Args:
-        share: share of these conversations that may warn, at most.
+        development, calibration: responses by conversation, in order; of the one deployment.
+        budget: share of healthy conversations that may warn.
+        critical_budget: the same for critical; where it can't be certified, critical begins at `critical_factor` times
+            the warning boundary, uncertified.
+        confidence: see `budget.limit`.
 
     Raises:
-        ConfigurationError: as `fit_baseline`; or the conversations are of another deployment.
+        ConfigurationError: as `fit_baseline` and `limit`; or conversations of another deployment.
     """
-    talks = [talk for kind in sorted(healthy) for talk in healthy[kind]]
-    baseline = fit_baseline(deployment, axis_id, talks, readout)
+    block = math.ceil(np.percentile([len(talk) for talk in calibration], 95)) if calibration else 1
     config = DetectorConfig(
         axis_id=axis_id,
         readout=readout,
-        baselines={deployment: baseline},
+        baselines={deployment: fit_baseline(deployment, axis_id, development, readout)},
         boundaries=_OUT_OF_REACH,
         ewma_weight=ewma_weight,
         cusum_slack=cusum_slack,
     )
-    peaks = np.array([conversation_peaks(talk, config) for talk in talks])
-    if not np.isfinite(peaks).all():
-        raise ConfigurationError(
-            f"some conversations are not of the deployment {deployment!r}, so they were not judged",
-            cure="give the conversations of one deployment, and its name",
-        )
-    scales = np.maximum(
-        [np.percentile(column, 100 * (1 - share * part)) for column, part in zip(peaks.T, _SPENT, strict=True)], 0.5
+    shape = _scales(_peaks(development, config, block, deployment))
+    joint = (_peaks(calibration, config, block, deployment) / shape).max(axis=1, initial=-math.inf)
+    warning = limit(joint.tolist(), budget, confidence)
+    certified = False
+    if critical_budget is not None and len(joint) >= fewest(critical_budget, confidence):
+        highest = limit(joint.tolist(), critical_budget, confidence)
+        certified = highest.value > warning.value
+        critical_factor = highest.value / warning.value if certified else critical_factor
+    level, drop, cusum, dip = (float(f"{value:.4g}") for value in shape * warning.value)
+    boundaries = Boundaries(
+        level=level,
+        drop=drop,
+        cusum=cusum,
+        dip=dip,
+        critical_factor=critical_factor,
+        budget=budget,
+        certification="certified",
+        critical_budget=critical_budget if certified else None,
+        critical_certification="certified" if certified else "uncertified",
+        block_turns=block,
+        conversations=len(joint),
+        probability_within=warning.probability_within,
     )
-    joint = np.sort((peaks / scales).max(axis=1))
-    rank = min(math.ceil((len(joint) + 1) * (1 - share)), len(joint))
-    # Reached is crossed: the boundary lies just above the last conversation that may not warn.
-    # A boundary must be above 0, also where no healthy conversation ever went below the mean.
-    level, drop, cusum, dip = (float(f"{value:.4g}") for value in scales * max(joint[rank - 1], 0.1) * (1 + 1e-3))
-    return DetectorConfig(
-        axis_id=axis_id,
-        readout=readout,
-        baselines={deployment: baseline},
-        boundaries=Boundaries(
-            level=level, drop=drop, cusum=cusum, dip=dip, critical_factor=critical_factor, budget=share
-        ),
-        ewma_weight=ewma_weight,
-        cusum_slack=cusum_slack,
-    )
+    return replace(config, boundaries=boundaries)
 
 
 def conversation_peaks(talk: Sequence[Projection], config: DetectorConfig) -> tuple[float, float, float, float]:
@@ -146,6 +156,25 @@ def conversation_peaks(talk: Sequence[Projection], config: DetectorConfig) -> tu
             peaks = [max(peak, value) for peak, value in zip(peaks, result.statistics, strict=True)]
     level, drop, cusum, dip = peaks
     return level, drop, cusum, dip
+
+
+def _scales(peaks: Floats) -> Floats:
+    """What each statistic reaches in so many of the development conversations as it may spend; [4]."""
+    spent = [
+        np.percentile(column, 100 * (1 - _SHAPE_SHARE * part)) for column, part in zip(peaks.T, _SPENT, strict=True)
+    ]
+    return np.maximum(spent, 0.5)
+
+
+def _peaks(talks: Sequence[Sequence[Projection]], config: DetectorConfig, block: int, deployment: str) -> Floats:
+    """The largest statistics of each conversation's first block, [conversations, 4]."""
+    peaks = np.array([conversation_peaks(talk[:block], config) for talk in talks]).reshape(-1, 4)
+    if not np.isfinite(peaks).all():
+        raise ConfigurationError(
+            f"some conversations are not of the deployment {deployment!r}, so they were not judged",
+            cure="give the conversations of one deployment, and its name",
+        )
+    return peaks
 
 
 def _moments(kinds: Sequence[Floats]) -> tuple[Floats, Floats]:
