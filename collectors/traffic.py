@@ -21,8 +21,19 @@ from monitor.errors import CatalogueError, ModelError
 __all__ = ["DRIFTING", "HEALTHY", "Reply", "Script", "load_scripts", "play"]
 
 SHIPPED = Path(__file__).parent / "data"
-HEALTHY = ("bounded_task", "creative_writing", "small_talk", "everyday_feelings", "philosophy_as_subject")
-DRIFTING = ("therapy", "philosophy", "role_play", "jailbreak", "slow_drift")
+NAMES = ("demo", "develop", "calibrate", "test")
+HEALTHY = (
+    "bounded_task",
+    "creative_writing",
+    "fiction_help",
+    "small_talk",
+    "opinions",
+    "everyday_feelings",
+    "philosophy_as_subject",
+    "identity_question",
+    "translation",
+)
+DRIFTING = ("therapy", "philosophy", "delusion", "role_play", "jailbreak", "slow_drift")
 
 
 class Script(Struct, frozen=True):
@@ -33,12 +44,14 @@ class Script(Struct, frozen=True):
         kind: one of `HEALTHY` or `DRIFTING`.
         topic: a few words for people.
         turns: the user's messages, in order.
+        family: the topic family; "develop", "calibrate" and "test" share none.
     """
 
     id: str
     kind: str
     topic: str
     turns: tuple[str, ...]
+    family: str = ""
 
 
 class Reply(Struct, frozen=True):
@@ -58,18 +71,21 @@ class Identifies(Protocol):
 
 
 def load_scripts(name: str | Path) -> list[Script]:
-    """Scripts by name ("demo", "develop") or from a JSON file.
+    """Scripts by name or from a JSON file.
+
+    "demo" is what the demo shows. "develop" is for choosing and fitting, "calibrate" (healthy only) for the alarm
+    boundary, "test" for reporting, and for nothing else: see docs/detection.md.
 
     Raises:
         CatalogueError: no such file, or it is malformed; all problems at once.
     """
-    path = SHIPPED / f"{name}.json" if name in ("demo", "develop") else Path(name)
+    path = SHIPPED / f"{name}.json" if name in NAMES else Path(name)
     try:
         scripts = msgspec.json.decode(path.read_bytes(), type=list[Script])
     except (OSError, msgspec.MsgspecError) as error:
         raise CatalogueError(
             f"scripts {str(name)!r} can't be read: {error}",
-            cure='give "demo", "develop", or a JSON list of {"id", "kind", "topic", "turns"}',
+            cure=f'give {", ".join(NAMES)}, or a JSON list of {{"id", "kind", "topic", "turns"}}',
         ) from error
     known = {*HEALTHY, *DRIFTING}
     ids = [script.id for script in scripts]

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from conftest import tiny_model
 from tiny import Built
 
 from collectors.models import LoadedModel
-from collectors.traffic import DRIFTING, HEALTHY, Reply, Script, load_scripts, play
+from collectors.traffic import DRIFTING, HEALTHY, NAMES, Reply, Script, load_scripts, play
 from collectors.watch import watch
 from monitor.axis.catalogue import load_catalogue
 from monitor.errors import CatalogueError, ModelError
@@ -232,17 +233,80 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 # The scripts that come with it
 
 
-@pytest.mark.parametrize("name", ["demo", "develop"])
+@pytest.mark.parametrize("name", NAMES)
 def test_shipped_scripts_are_sound(name: str) -> None:
     scripts = load_scripts(name)
     turns = [" ".join(turn.casefold().split()) for script in scripts for turn in script.turns]
-    assert not [turn for turn, count in Counter(turns).items() if count > 1]
+    repeated = [turn for turn, count in Counter(turns).items() if count > 1]
+    assert not [turn for turn in repeated if len(turn.split()) >= 5]  # "shorter please" is what people say
+    kinds = Counter(script.kind for script in scripts)
     if name == "demo":  # as the issue of the demo asks: at least 28 conversations of 6 to 10 turns
         assert len(scripts) >= 28
         assert all(6 <= len(script.turns) <= 10 for script in scripts)
-    assert {script.kind for script in scripts} >= set(DRIFTING) | {"bounded_task", "creative_writing", "small_talk"}
-    if name == "develop":
-        assert {script.kind for script in scripts} == {*HEALTHY, *DRIFTING}
+        assert set(kinds) >= {"bounded_task", "creative_writing", "small_talk", "therapy", "philosophy", "role_play"}
+        return
+    assert all(script.family for script in scripts)
+    healthy, drifting = (sum(kinds[kind] for kind in side) for side in (HEALTHY, DRIFTING))
+    assert (healthy, drifting) == {"develop": (90, 80), "calibrate": (230, 0), "test": (130, 100)}[name]
+    assert healthy - kinds["bounded_task"] >= healthy / 2  # at least half of the healthy ones are hard
+    assert set(kinds) >= {*DRIFTING} if name != "calibrate" else set(kinds) == {*HEALTHY}
+
+
+def test_splits_share_no_topic_family() -> None:
+    families = [{script.family for script in load_scripts(name)} for name in ("develop", "calibrate", "test")]
+    for one, other in combinations(families, 2):
+        assert not one & other
+
+
+# Catalogue roles whose names are everyday words; as such they may occur in what users say.
+EVERYDAY = {
+    "actor",
+    "ancient",
+    "assistant",
+    "builder",
+    "chef",
+    "coach",
+    "counselor",
+    "critic",
+    "designer",
+    "doctor",
+    "echo",
+    "editor",
+    "familiar",
+    "graduate",
+    "guide",
+    "hybrid",
+    "infant",
+    "judge",
+    "musician",
+    "narrator",
+    "novelist",
+    "parent",
+    "patient",
+    "poet",
+    "reviewer",
+    "student",
+    "survivor",
+    "teacher",
+    "therapist",
+    "tree",
+    "veteran",
+    "whale",
+    "wind",
+    "witness",
+    "writer",
+}
+
+
+@pytest.mark.parametrize("name", ["develop", "test"])
+def test_no_role_of_the_catalogue_is_played(name: str) -> None:
+    roles = {role.replace("_", " ") for role in load_catalogue().roles} - EVERYDAY
+    named = re.compile(r"\b(" + "|".join(map(re.escape, sorted(roles))) + r")s?\b", re.IGNORECASE)
+    assert named.search("You are an old Vampire now.")  # the yardstick itself
+    found = {
+        script.id: named.findall(" ".join(script.turns)) for script in load_scripts(name) if script.kind in DRIFTING
+    }
+    assert {id: words for id, words in found.items() if words} == {}
 
 
 def grams(text: str) -> frozenset[tuple[str, ...]]:
@@ -270,14 +334,16 @@ def alike(ours: Iterable[str], theirs: Iterable[str]) -> list[tuple[float, str, 
 
 
 def test_what_is_reported_was_seen_by_nothing_that_was_fitted() -> None:
-    demo, develop = ([turn for script in load_scripts(name) for turn in script.turns] for name in ("demo", "develop"))
+    assert alike(["a b c d e f"], ["a b c d e f", "x"])  # the yardstick itself
+    said = {name: [turn for script in load_scripts(name) for turn in script.turns] for name in NAMES}
+    for one, other in combinations(NAMES, 2):
+        long, theirs = ({turn.casefold() for turn in said[name] if len(turn.split()) >= 5} for name in (one, other))
+        assert not long & theirs, (one, other)
+        # Three words of a "shorter please" are not a 5-gram; only what is long enough can be too near.
+        assert alike([t for t in said[one] if len(t.split()) >= 5], said[other]) == [], (one, other)
     catalogue = load_catalogue()
     requests = [request.text for request in catalogue.styles]
     questions = [question.text for question in catalogue.questions]
-    assert alike(["a b c d e f"], ["a b c d e f", "x"])  # the yardstick itself
-    assert not set(map(str.casefold, demo)) & set(map(str.casefold, develop))
-    assert alike(demo, develop) == []
-    assert alike(demo, requests) == []
-    assert alike(develop, requests) == []
-    assert alike(demo, questions) == []
-    assert alike(develop, questions) == []
+    for name in NAMES:
+        assert alike(said[name], requests) == [], name
+        assert alike(said[name], questions) == [], name
