@@ -7,6 +7,7 @@ last token that is sampled is never fed back, and so has no activation.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "encode_conversation",
     "encode_prompt",
     "encode_reply",
+    "reply_tokens",
     "response_tokens",
     "special_token_ids",
     "stop_token_ids",
@@ -69,6 +71,29 @@ def response_tokens(
     return end, counted
 
 
+def reply_tokens(
+    ids: Sequence[int], span: tuple[int, int], stop: Collection[int], special: Collection[int]
+) -> NDArray[np.bool_]:
+    """Which tokens of one reply in a whole conversation are averaged; the same rule, read off the text.
+
+    A reply that an end-of-turn token follows was fed back whole. Templates end every reply so, also one that was cut by
+    a length limit when it was made: text does not tell, so there its last token counts, which live it does not.
+
+    Args:
+        ids: the conversation, as `encode_conversation` gives it.
+        span: the reply's [start, end) in `ids`.
+        stop, special: as in `response_tokens`.
+
+    Returns:
+        A mask of shape [end - start].
+    """
+    start, end = span
+    counted = ~np.isin(np.asarray(ids[start:end], dtype=np.int64), list(special))
+    if end > start and (end == len(ids) or (ids[end] not in stop and ids[end] not in special)):
+        counted[-1] = False
+    return counted
+
+
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Messages as the ids that the model continues, the assistant's header last."""
     text = _rendered(tokenizer, messages, add_generation_prompt=True)
@@ -81,18 +106,23 @@ class Conversation:
 
     Attributes:
         ids: the ids of all turns.
-        spans: per assistant turn, [start, end) of its reply's tokens in `ids`; template and stop tokens left out.
+        spans: per reply, [start, end) of its tokens in `ids`; template and stop tokens left out.
     """
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> Conversation:
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], replies: Collection[int] | None = None
+) -> Conversation:
     """Encode all turns at once, and find each assistant reply.
 
     One pass can score every turn only where the template is prefix-stable, that is, where what precedes a reply is not
     rewritten by what follows it; that is checked.
+
+    Args:
+        replies: which messages to find; by default all of the assistant's.
 
     Raises:
         ModelError: the template is not prefix-stable for these messages, or rewrites a reply.
@@ -102,7 +132,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> Conversa
     ids, offsets = _encoded(tokenizer, text)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" if replies is None else index not in replies:
             continue
         prompt = _rendered(tokenizer, messages[:index], add_generation_prompt=True)
         if not text.startswith(prompt):
@@ -137,8 +167,10 @@ def _span(text: str, offsets: Sequence[tuple[int, int]], start: int, content: st
             f"the chat template rewrites message {index}, so its tokens can't be told",
             cure="score turn by turn, with `encode_reply`, and give replies as the template writes them",
         )
-    inside = [i for i, (first, last) in enumerate(offsets) if last > begin and first < begin + len(spoken)]
-    return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))
+    # Offsets rise, so that the reply's tokens lie between two places: conversations may have a thousand turns.
+    first = bisect_right(offsets, begin, key=lambda pair: pair[1])
+    last = bisect_left(offsets, begin + len(spoken), key=lambda pair: pair[0])
+    return (first, last) if first < last else (len(offsets), len(offsets))
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], **options: bool) -> str:
@@ -150,5 +182,6 @@ def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
         raise ModelError(
             f"{type(tokenizer).__name__} can't say which text a token stands for", cure="use a fast tokenizer"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # Not verbose: whoever feeds the ids knows how many of them the model takes.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(encoded["input_ids"]), list(encoded["offset_mapping"])

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from collectors.calls import Gathered, GenerateCall, adapted, gather, read_call, sequences_of
 from collectors.identity import ChatMarks, Identity, chat_marks, derive_identity, prompt_turn
+from collectors.instrument import Instrument
 from collectors.measure import measure_response
 from collectors.models import describe_model
 from collectors.publish import Publisher
@@ -30,7 +31,7 @@ from collectors.tap import Hold, Recording, Tap
 from monitor import telemetry
 from monitor.axis.bundle import Bundle, check_model
 from monitor.errors import AnchorwatchError, ConfigurationError, ModelError
-from monitor.events import Projection, Windows, decode_projection, encode, now_utc
+from monitor.events import now_utc
 
 __all__ = ["HoldPolicy", "Watch", "watch"]
 
@@ -152,10 +153,7 @@ class Watch:
         self._source = source
         self._hold = hold
         self._clock = clock
-        self._names, directions = bundle.directions()
-        readout = bundle.info.readout
-        weights = readout.coordinates if readout else {"assistant_axis": 1.0}
-        self._readout = np.array([weights.get(name, 0.0) for name in self._names])
+        self._instrument = Instrument(bundle)
         self._special = special_token_ids(tokenizer)
         self._marks: ChatMarks | None
         try:
@@ -165,7 +163,7 @@ class Watch:
             _log.warning(error.problem, cure=error.cure)
         self.tap = Tap(
             model,
-            {bundle.layer: torch.from_numpy(directions)},
+            {bundle.layer: torch.from_numpy(self._instrument.directions)},
             hold=None if hold == "off" else hold_of(bundle),
             decoder_layers=decoder_layers,
         )
@@ -273,7 +271,7 @@ class Watch:
         counted &= gathered.followed[response, :end]
         if not counted.any():
             return self._unscored("empty")
-        measured = measure_response(gathered.spoken[response, :end], counted, self._readout)
+        measured = measure_response(gathered.spoken[response, :end], counted, self._instrument.readout)
         at_prompt = gathered.prompt[response]
         if measured is None or not np.isfinite(at_prompt).all():
             return self._unscored("not_finite")
@@ -281,28 +279,22 @@ class Watch:
         if identity is None:
             return self._unscored("unidentified")
         given = _of_row((self._request.get() or _NOTHING_SAID).response_id, row, call.rows)
-        projection = Projection(
+        projection = self._instrument.projection(
+            measured,
+            at_prompt,
             id=f"{given or uuid.uuid4().hex}-{choice}",
             time=self._clock(),
             source=self._source,
             conversation_id=identity.conversation_id,
             turn=identity.turn,
             model=self._bundle.info.model.name,
-            axis_id=self._bundle.id,
-            layer=self._bundle.layer,
             deployment=self._deployment,
-            projection=_rounded(measured.mean[self._names.index("assistant_axis")]),
-            coordinates=self._named(measured.mean),
-            prompt=self._named(at_prompt),
-            windows=Windows(lowest=self._named(measured.lowest_window), last=self._named(measured.last_window)),
-            tokens=measured.tokens,
             held=float(gathered.moved[response, :end][counted].mean()),
             attributes={
                 "identity": identity.certainty,
                 "finish_reason": "length" if end == len(ids) >= call.limit else "stop",
             },
         )
-        decode_projection(encode(projection))  # what a worker would have to refuse is told here, where it was made
         if self._publisher.publish(projection):
             with self._counting:
                 self.emitted += 1
@@ -330,9 +322,6 @@ class Watch:
             caller=_of_row(request.caller, row, call.rows),
         )
 
-    def _named(self, values: NDArray[np.floating]) -> dict[str, float]:
-        return {name: _rounded(value) for name, value in zip(self._names, values, strict=True)}
-
     def _failed(self, error: Exception, responses: int = 1) -> None:
         self._unscored("error", responses)
         _log.error("a response could not be measured", error=_told(error))
@@ -351,11 +340,6 @@ def hold_of(bundle: Bundle) -> Hold:
         vectors=torch.stack([torch.from_numpy(bundle.unit_axis(layer).copy()) for layer in layers]),
         floors=tuple(float(bundle.tensors["floors"][layer]) for layer in layers),
     )
-
-
-def _rounded(value: float) -> float:
-    """Seven digits are what a float32 activation has; more would only be bytes on the wire."""
-    return float(f"{value:.7g}")
 
 
 def _told(error: Exception) -> str:
