@@ -15,12 +15,13 @@ from functools import cached_property
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from monitor.axis.readout import Readout
 from monitor.errors import ConfigurationError
 from monitor.events import Certification, Projection
 
-__all__ = ["Baseline", "Boundaries", "DetectorConfig", "PersonaSpace", "Readout", "fit_baseline"]
+__all__ = ["Baseline", "Boundaries", "DetectorConfig", "PersonaSpace", "Readout", "fit_baseline", "without_promise"]
 
 # Beyond a million standard deviations the verdict is the same, and the running sums stay finite.
 LARGEST_Z = 1e6
@@ -131,6 +132,17 @@ class Boundaries(Struct, frozen=True):
     block_turns: int | None = None
     conversations: int = 0
     probability_within: float | None = None
+
+
+def without_promise(boundaries: Boundaries) -> Boundaries:
+    """The same boundaries for a population that they were not calibrated on: nothing is certified."""
+    return replace(
+        boundaries,
+        certification="uncertified",
+        critical_certification="uncertified",
+        conversations=0,
+        probability_within=None,
+    )
 
 
 class PersonaSpace(Struct, frozen=True):

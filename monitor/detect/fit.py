@@ -22,7 +22,7 @@ from monitor.detect.conversation import ConversationState, step
 from monitor.errors import ConfigurationError
 from monitor.events import Projection
 
-__all__ = ["Conversations", "calibrate", "conversation_peaks", "fit_readout"]
+__all__ = ["Conversations", "calibrate", "conversation_peaks", "fit_readout", "unreachable"]
 
 Floats = NDArray[np.floating]
 # Kind of conversation -> its conversations, each a list of responses in order.
@@ -89,6 +89,7 @@ def calibrate(
     budget: float,
     critical_budget: float | None = None,
     confidence: float | None = None,
+    shape: Boundaries | None = None,
     critical_factor: float = 1.5,
     ewma_weight: float = 0.4,
     cusum_slack: float = 0.5,
@@ -106,6 +107,7 @@ def calibrate(
         critical_budget: the same for critical; where it can't be certified, critical begins at `critical_factor` times
             the warning boundary, uncertified.
         confidence: see `budget.limit`.
+        shape: take the proportions of the four boundaries from these, instead of from the development conversations.
 
     Raises:
         ConfigurationError: as `fit_baseline` and `limit`; or conversations of another deployment.
@@ -119,15 +121,18 @@ def calibrate(
         ewma_weight=ewma_weight,
         cusum_slack=cusum_slack,
     )
-    shape = _scales(_peaks(development, config, block, deployment))
-    joint = (_peaks(calibration, config, block, deployment) / shape).max(axis=1, initial=-math.inf)
+    if shape is not None:
+        scales = np.array([shape.level, shape.drop, shape.cusum, shape.dip])
+    else:
+        scales = _scales(_peaks(development, config, block, deployment))
+    joint = (_peaks(calibration, config, block, deployment) / scales).max(axis=1, initial=-math.inf)
     warning = limit(joint.tolist(), budget, confidence)
     certified = False
     if critical_budget is not None and len(joint) >= fewest(critical_budget, confidence):
         highest = limit(joint.tolist(), critical_budget, confidence)
         certified = highest.value > warning.value
         critical_factor = highest.value / warning.value if certified else critical_factor
-    level, drop, cusum, dip = (float(f"{value:.4g}") for value in shape * warning.value)
+    level, drop, cusum, dip = (float(f"{value:.4g}") for value in scales * warning.value)
     boundaries = Boundaries(
         level=level,
         drop=drop,
@@ -156,6 +161,16 @@ def conversation_peaks(talk: Sequence[Projection], config: DetectorConfig) -> tu
             peaks = [max(peak, value) for peak, value in zip(peaks, result.statistics, strict=True)]
     level, drop, cusum, dip = peaks
     return level, drop, cusum, dip
+
+
+def unreachable(config: DetectorConfig) -> DetectorConfig:
+    """The same detector with boundaries that nothing reaches: no episode restarts its statistics, no CUSUM is cut."""
+
+    def far(boundaries: Boundaries) -> Boundaries:
+        return replace(_OUT_OF_REACH, block_turns=boundaries.block_turns)
+
+    own = {deployment: far(boundaries) for deployment, boundaries in config.own_boundaries.items()}
+    return replace(config, boundaries=far(config.boundaries), own_boundaries=own)
 
 
 def _scales(peaks: Floats) -> Floats:

@@ -1,0 +1,250 @@
+"""What a configuration would have raised over recorded responses, and how well, where people have given verdicts.
+
+It knows events, configurations and labels, and no files but the verdicts'. Several configurations are folded side by
+side in one pass over the events.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from monitor.axis.geometry import auroc
+from monitor.detect.baseline import DetectorConfig
+from monitor.detect.budget import exact_interval, limit
+from monitor.detect.conversation import ConversationState, Statistics, step
+from monitor.detect.fit import unreachable
+from monitor.errors import ConfigurationError, EventError
+from monitor.events import Projection, Severity
+
+__all__ = ["BUDGETS", "Label", "Outcome", "Proposal", "Scores", "propose", "read_verdicts", "replay", "score"]
+
+BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+Verdict = Literal["healthy", "warning", "critical"]
+_DRIFTING = {"drifting", "true", "true alarm", "true_alarm", "yes", "1"}
+_HEALTHY = {"healthy", "false", "false alarm", "false_alarm", "no", "0"}
+_UNSURE = {"unsure", "unknown", ""}
+_ORDER: dict[Severity, int] = {"info": 0, "warning": 1, "critical": 2}
+
+
+class Outcome(NamedTuple):
+    """One conversation under one configuration.
+
+    Attributes:
+        verdict: the worst severity that was raised.
+        kinds: of its findings, sorted.
+        first_turn: turn of the first warning; None where there was none.
+        peak: the largest statistic over its boundary, with no episode ending early; 1 is the boundary. -inf where
+            nothing was judged.
+        responses: that were folded.
+    """
+
+    verdict: Verdict
+    kinds: tuple[str, ...]
+    first_turn: int | None
+    peak: float
+    responses: int
+
+
+class Label(NamedTuple):
+    """A person's verdict: whether a conversation drifted, and from which turn on, where they said so."""
+
+    drifting: bool
+    turn: int | None = None
+
+
+class Scores(NamedTuple):
+    """How well a configuration did on labelled conversations; intervals are Clopper-Pearson, 95 %.
+
+    Attributes:
+        drifting, healthy: how many were labelled so.
+        detected, false_alarms: how many of these warned.
+        detection_interval, false_alarm_interval: of the shares.
+        auroc: of the peak, drifting against healthy; None where a side is empty.
+        delay: turns from the labelled turn (else the first) to the first warning, of each detected conversation;
+            negative where it warned before.
+        unlabelled: conversations without a verdict, or an unsure one.
+    """
+
+    drifting: int
+    healthy: int
+    detected: int
+    false_alarms: int
+    detection_interval: tuple[float, float]
+    false_alarm_interval: tuple[float, float]
+    auroc: float | None
+    delay: tuple[int, ...]
+    unlabelled: int
+
+
+class Proposal(NamedTuple):
+    """What one budget would do, its boundary calibrated on the conversations labelled healthy.
+
+    Attributes:
+        budget: share of healthy conversations that may warn.
+        factor: all boundaries times this.
+        detection: share of the drifting ones that would warn.
+        proposed: whether this is the one to take.
+    """
+
+    budget: float
+    factor: float
+    detection: float
+    proposed: bool
+
+
+class _Running:
+    """What is remembered of one conversation under one configuration."""
+
+    def __init__(self) -> None:
+        self.state: ConversationState | None = None
+        self.free: ConversationState | None = None
+        self.worst: Severity = "info"
+        self.kinds: set[str] = set()
+        self.first_turn: int | None = None
+        self.peak = -np.inf
+        self.responses = 0
+
+    def outcome(self) -> Outcome:
+        verdict: Verdict = "healthy" if self.worst == "info" else self.worst
+        return Outcome(verdict, tuple(sorted(self.kinds)), self.first_turn, float(self.peak), self.responses)
+
+
+def replay(
+    events: Iterable[Projection],
+    configs: Sequence[DetectorConfig],
+    on_poison: Callable[[Projection, EventError], None] | None = None,
+) -> list[dict[str, Outcome]]:
+    """Fold events, in log order, under each configuration.
+
+    Args:
+        on_poison: told of a response that a configuration can't judge, such as one without a coordinate that its
+            readout names; the others go on. Without it the error is raised.
+
+    Returns:
+        Per configuration, the outcome of each conversation.
+    """
+    free = [unreachable(config) for config in configs]
+    running: list[dict[str, _Running]] = [{} for _ in configs]
+    for event in events:
+        for config, unbounded, talks in zip(configs, free, running, strict=True):
+            talk = talks.setdefault(event.conversation_id, _Running())
+            try:
+                _advance(talk, event, config, unbounded)
+            except EventError as error:
+                if on_poison is None:
+                    raise
+                on_poison(event, error)
+    return [{id: talk.outcome() for id, talk in talks.items()} for talks in running]
+
+
+def _advance(talk: _Running, event: Projection, config: DetectorConfig, unbounded: DetectorConfig) -> None:
+    done = step(talk.state, event, config)
+    seen = step(talk.free, event, unbounded)
+    talk.state, talk.free = done.state, seen.state
+    talk.responses += done.outcome == "folded"
+    for finding in done.findings:
+        talk.kinds.add(finding.kind)
+        talk.worst = max(talk.worst, finding.severity, key=_ORDER.__getitem__)
+        if finding.severity != "info" and talk.first_turn is None:
+            talk.first_turn = finding.turn
+    if seen.statistics is not None:
+        boundaries = config.boundaries_of(event.deployment)
+        limits = (getattr(boundaries, name) for name in Statistics._fields)
+        talk.peak = max(talk.peak, *(value / limit for value, limit in zip(seen.statistics, limits, strict=True)))
+
+
+def read_verdicts(path: Path) -> dict[str, Label | None]:
+    """Verdicts from a CSV file with the columns `conversation_id` and `label`, and `turn` where drift began.
+
+    Returns:
+        By conversation; None is "unsure".
+
+    Raises:
+        ConfigurationError: no such file or columns, an unknown label, or two that contradict; all lines at once.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            if missing := {"conversation_id", "label"} - set(columns):
+                raise ConfigurationError(
+                    f"{path} has no column {', '.join(sorted(missing))}; it has: {', '.join(columns) or 'none'}",
+                    cure="give a CSV file with a header line: conversation_id,label and, if known, turn",
+                )
+            return _labels(path, list(enumerate(rows, start=2)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigurationError(f"verdicts {path} can't be read: {error}", cure="give a UTF-8 CSV file") from error
+
+
+def _labels(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Label | None]:
+    labels: dict[str, Label | None] = {}
+    problems = []
+    for line, row in rows:
+        said, id = str(row["label"] or "").strip().casefold(), str(row["conversation_id"] or "").strip()
+        turn = str(row.get("turn") or "").strip()
+        label = None
+        if not id:
+            problems.append(f"line {line}: no conversation_id")
+        elif said not in _DRIFTING | _HEALTHY | _UNSURE:
+            problems.append(f"line {line}: label {said[:40]!r}")
+        elif turn and not turn.isdecimal():
+            problems.append(f"line {line}: turn {turn[:40]!r}")
+        elif said not in _UNSURE:
+            label = Label(said in _DRIFTING, int(turn) if turn else None)
+        if id in labels and labels[id] != label:
+            problems.append(f"line {line}: {id[:80]!r} already has another verdict")
+        labels[id] = label
+    if problems:
+        raise ConfigurationError(
+            f"{path} is not right:\n  - " + "\n  - ".join(problems[:50]),
+            cure="labels are drifting, healthy or unsure (or true, false alarm); turn is a number from 0",
+        )
+    return labels
+
+
+def score(outcomes: Mapping[str, Outcome], labels: Mapping[str, Label | None]) -> Scores:
+    """Compare outcomes with verdicts; a verdict on a conversation that is not there is left out."""
+    known = {id: label for id, label in labels.items() if label is not None and id in outcomes}
+    drifting = [(outcomes[id], label) for id, label in known.items() if label.drifting]
+    healthy = [outcomes[id] for id, label in known.items() if not label.drifting]
+    detected = [(outcome, label) for outcome, label in drifting if outcome.first_turn is not None]
+    alarms = sum(outcome.first_turn is not None for outcome in healthy)
+    peaks = [np.array([-outcome.peak for outcome in side]) for side in (healthy, [outcome for outcome, _ in drifting])]
+    return Scores(
+        drifting=len(drifting),
+        healthy=len(healthy),
+        detected=len(detected),
+        false_alarms=alarms,
+        detection_interval=exact_interval(len(detected), len(drifting)),
+        false_alarm_interval=exact_interval(alarms, len(healthy)),
+        auroc=auroc(*peaks) if drifting and healthy else None,
+        delay=tuple(sorted((outcome.first_turn or 0) - (label.turn or 0) for outcome, label in detected)),
+        unlabelled=len(outcomes) - len(known),
+    )
+
+
+def propose(outcomes: Mapping[str, Outcome], labels: Mapping[str, Label | None]) -> list[Proposal]:
+    """What each budget that the healthy ones can certify would detect, and which one to take.
+
+    Proposed is the smallest budget that detects at least nine tenths of what the largest one detects: beyond it, more
+    alarms buy little. Boundary and detection come from the same verdicts: calibrate on other conversations before
+    you rely on it.
+    """
+    known = [(outcomes[id], label) for id, label in labels.items() if label is not None and id in outcomes]
+    healthy = [outcome.peak for outcome, label in known if not label.drifting]
+    drifting = [outcome.peak for outcome, label in known if label.drifting]
+    rows = []
+    for budget in BUDGETS:
+        try:
+            factor = limit(healthy, budget).value
+        except ConfigurationError:
+            continue  # too few for this one
+        rows.append((budget, factor, sum(peak >= factor for peak in drifting) / len(drifting) if drifting else 0.0))
+    enough = 0.9 * max((detection for _, _, detection in rows), default=0.0)
+    first = next((budget for budget, _, detection in rows if detection >= enough and detection > 0), None)
+    return [Proposal(budget, factor, detection, budget == first) for budget, factor, detection in rows]
