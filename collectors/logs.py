@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, groupby
 from pathlib import Path
@@ -83,13 +83,18 @@ def log_files(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def read_log(
-    file: str | os.PathLike[str], *, deployment: str | None = None, max_record_bytes: int = MAX_RECORD_BYTES
+    file: str | os.PathLike[str],
+    *,
+    deployment: str | None = None,
+    max_record_bytes: int = MAX_RECORD_BYTES,
+    at_byte: Callable[[int], None] = lambda _place: None,
 ) -> Iterator[Logged | Skipped]:
     """The conversations of one file, in its order, and each record that is none with the reason.
 
     `deployment` says whose they are; else the model that a record names does, else they are "logs". Ids are kept as
     they are, also where they repeat; a record without one is called by file name and record. A fault in the file
-    itself ends it with one `Skipped`, after everything before the fault. Nothing that is in a file raises.
+    itself ends it with one `Skipped`, after everything before the fault. Nothing that is in a file raises. `at_byte` is
+    told before each record how far into the file the reading has come (what is compressed, compressed); not of a pipe.
 
     Raises:
         ConfigurationError: pyarrow or zstandard is not installed, and the file needs it.
@@ -97,7 +102,7 @@ def read_log(
     source = _printable(os.fspath(file))
     record = 0
     try:
-        for record, found in _records(os.fspath(file), max_record_bytes):
+        for record, found in _records(os.fspath(file), max_record_bytes, at_byte):
             try:
                 yield _logged(found, source, record, deployment)
             except Unreadable as error:
@@ -149,7 +154,7 @@ def _logged(found: object, source: str, record: int, deployment: str | None) -> 
 # From a file to records of plain data, or why they are none
 
 
-def _records(file: str, limit: int) -> Iterator[tuple[int, object]]:
+def _records(file: str, limit: int, at_byte: Callable[[int], None]) -> Iterator[tuple[int, object]]:
     """Each record's number and what it holds.
 
     Raises:
@@ -166,9 +171,13 @@ def _records(file: str, limit: int) -> Iterator[tuple[int, object]]:
                     raise Unreadable(f"{kind} data can't be read from a pipe; save it to a file first")
                 table = rows(kind, _seekable(stream, opened, kind), FIELDS, HOLDERS, limit)
                 for number, row in enumerate(table, start=1):
+                    if size is not None:
+                        at_byte(opened.tell())
                     yield number, Unreadable(row) if isinstance(row, str) else row
             else:
                 for piece in _pieces(_text(stream, head), limit):
+                    if size is not None:
+                        at_byte(opened.tell())
                     yield piece.record, Unreadable(piece.reason) if piece.reason else _decoded(piece.data)
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise Unreadable(f"can't be read on: {_said(error)}") from error
