@@ -20,7 +20,17 @@ from monitor.events import Projection, decode_projection
 from monitor.store.store import Commit, Position, Session, TrajectoryPoint
 from monitor.stream.log import Message, Record
 
-__all__ = ["Fold", "Folded", "Poison", "decode", "fold_batch", "mostly_poison", "to_commit", "to_dead_letter"]
+__all__ = [
+    "Fold",
+    "Folded",
+    "Poison",
+    "decode",
+    "fold_batch",
+    "fold_one",
+    "mostly_poison",
+    "to_commit",
+    "to_dead_letter",
+]
 
 Fold: TypeAlias = Callable[[ConversationState | None, Projection, DetectorConfig], Step]
 
@@ -92,7 +102,7 @@ def fold_batch(
             verdict = event
         else:
             key = event.conversation_id
-            verdict = _fold_one(changed[key] if key in changed else states.get(key), event, config, fold)
+            verdict = fold_one(changed[key] if key in changed else states.get(key), event, config, fold)
         offset = record.offset + 1
         recent.append(isinstance(verdict, Poison))
         if isinstance(verdict, Poison):
@@ -105,7 +115,8 @@ def fold_batch(
     return Folded(offset, steps, dead, changed, tuple(recent))
 
 
-def _fold_one(state: ConversationState | None, event: Projection, config: DetectorConfig, fold: Fold) -> Step | Poison:
+def fold_one(state: ConversationState | None, event: Projection, config: DetectorConfig, fold: Fold) -> Step | Poison:
+    """One response folded, or why it can't be. An audit uses it too, so that both judge alike."""
     try:
         return fold(state, event, config)
     except EventError as error:

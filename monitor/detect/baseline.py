@@ -21,7 +21,16 @@ from monitor.axis.readout import Readout
 from monitor.errors import ConfigurationError
 from monitor.events import Certification, Projection
 
-__all__ = ["Baseline", "Boundaries", "DetectorConfig", "PersonaSpace", "Readout", "fit_baseline", "without_promise"]
+__all__ = [
+    "Baseline",
+    "Boundaries",
+    "DetectorConfig",
+    "PersonaSpace",
+    "Readout",
+    "fit_baseline",
+    "robust_baseline",
+    "without_promise",
+]
 
 # Beyond a million standard deviations the verdict is the same, and the running sums stay finite.
 LARGEST_Z = 1e6
@@ -92,6 +101,47 @@ def fit_baseline(
                 f"the readout of the {what} of {deployment!r} has standard deviation {value}",
                 cure="calibrate on varied traffic, and check that the readout's weights are not all 0",
             )
+    return Baseline(
+        deployment=deployment,
+        axis_id=axis_id,
+        mean=mean,
+        standard_deviation=deviation,
+        window_mean=window_mean,
+        window_standard_deviation=window_deviation,
+        conversations=len(conversations),
+        responses=sum(map(len, conversations)),
+    )
+
+
+def robust_baseline(deployment: str, axis_id: str, conversations: Sequence[Sequence[tuple[float, float]]]) -> Baseline:
+    """A baseline from logs that nobody has looked at: the median, and the median absolute deviation x 1.4826.
+
+    Both bear up to half of the weight being drift, if it all lies on one side; beyond that, drift is the norm. Each
+    conversation weighs the same, however long. For normally distributed readouts it agrees with `fit_baseline`. The
+    result does not depend on any order.
+
+    Args:
+        conversations: per conversation its responses' readouts: of the whole response, and of its lowest window.
+
+    Raises:
+        ConfigurationError: fewer than two conversations, an empty one, or no spread.
+    """
+    if len(conversations) < 2 or not all(conversations):
+        raise ConfigurationError(
+            f"a baseline for {deployment!r} needs at least 2 conversations, and responses in each",
+            cure="give more conversations",
+        )
+    columns = []
+    for part, what in enumerate(("responses", "lowest windows")):
+        weighted = [(pair[part], 1.0 / len(talk)) for talk in conversations for pair in talk]
+        middle = _weighted_median(weighted)
+        spread = 1.4826 * _weighted_median([(abs(value - middle), weight) for value, weight in weighted])
+        if not _positive(spread):
+            raise ConfigurationError(
+                f"at least half of the {what} of {deployment!r} have one readout", cure="give more varied traffic"
+            )
+        columns.append((middle, spread))
+    (mean, deviation), (window_mean, window_deviation) = columns
     return Baseline(
         deployment=deployment,
         axis_id=axis_id,
@@ -259,6 +309,20 @@ def _moments(conversations: Iterable[Sequence[float]]) -> tuple[float, float]:
     mean = math.fsum(math.fsum(talk) / len(talk) for talk in talks) / len(talks)
     variance = math.fsum(math.fsum((v - mean) ** 2 for v in talk) / len(talk) for talk in talks) / len(talks)
     return mean, math.sqrt(variance)
+
+
+def _weighted_median(weighted: Sequence[tuple[float, float]]) -> float:
+    """The middle of the values by weight; halfway between two where the weight splits exactly there."""
+    ordered = sorted(weighted)
+    half = math.fsum(weight for _, weight in ordered) / 2
+    below = 0.0
+    for place, (value, weight) in enumerate(ordered):
+        below += weight
+        if math.isclose(below, half, rel_tol=1e-9) and place + 1 < len(ordered):
+            return (value + ordered[place + 1][0]) / 2
+        if below > half:
+            return value
+    return ordered[-1][0]
 
 
 def _positive(value: float) -> bool:

@@ -73,6 +73,9 @@ class Log(Protocol):
     def span(self, topic: str, partition: int) -> Span:
         """First and next offset. A topic that nobody has written to yet begins and ends at 0."""
 
+    def partitions(self, topic: str) -> int:
+        """How many partitions a topic has, from 0."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -170,6 +173,10 @@ class EmbeddedLog:
         """See `Log.span`."""
         with self._database.read() as connection:
             return self._span(connection, topic, partition)
+
+    def partitions(self, topic: str) -> int:  # noqa: ARG002
+        """See `Log.partitions`."""
+        return 1
 
     def retain(self, topic: str, *, records: int | None = None, age_seconds: float | None = None) -> int:
         """Drop what is beyond the newest `records`, or older than `age_seconds`; says how many were dropped.
