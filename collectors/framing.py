@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-__all__ = ["Piece", "layout", "lines", "values"]
+__all__ = ["Piece", "layout", "lines", "too_long", "values"]
 
 _BEGIN = re.compile(rb"[^\s,]")
 _BRACKETS = re.compile(rb'["{}\[\]]')
@@ -37,6 +37,8 @@ def layout(head: bytes) -> Literal["lines", "values"] | None:
     """How the text that begins with `head` is laid out: one record a line, or JSON over many lines. None: neither."""
     first, ended, rest = head.lstrip().partition(b"\n")
     if not first.startswith((b"{", b"[")):
+        if b"\0" in head:
+            return None
         started = any(line.lstrip().startswith((b"{", b"[")) for line in head.split(b"\n"))
         return "lines" if started or (head and b"\n" not in head and len(head) > 1 << 12) else None
     if _is_json(first):
@@ -88,13 +90,14 @@ def _ends_in_string(text: bytes) -> bool:
     return len(re.findall(rb'"', re.sub(rb"\\.", b"", text))) % 2 == 1
 
 
-def _too_long(limit: int) -> str:
+def too_long(limit: int) -> str:
+    """The reason of a record of more than `limit` bytes."""
     return f"longer than {limit} bytes"
 
 
 def _line(number: int, held: bytearray, size: int, limit: int) -> Iterator[Piece]:
     if size > limit:
-        yield Piece(number, reason=_too_long(limit))
+        yield Piece(number, reason=too_long(limit))
     elif held.strip():
         yield Piece(number, bytes(held))
 
@@ -181,7 +184,7 @@ class _Cutter:
     def _take(self, reason: str = "") -> Piece:
         self.records += 1
         if not reason and self.size > self.limit:
-            reason = _too_long(self.limit)
+            reason = too_long(self.limit)
         data = b"" if reason else bytes(self.held)
         self.kind, self.depth, self.in_string, self.escaped = "", 0, False, False
         self.held, self.size = bytearray(), 0

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import msgspec
 from msgspec import Struct
 
-from collectors.framing import Piece, layout, lines, values
+from collectors.framing import Piece, layout, lines, too_long, values
 from collectors.records import FIELDS, HOLDERS, Unreadable, conversation_of, is_message, short_name
 from collectors.tables import rows, table_kind
 from monitor.errors import ConfigurationError
@@ -284,8 +284,9 @@ def _bare(pieces: Iterator[Piece], limit: int) -> Iterator[Piece]:
             continue
         held, reason = bytearray(b"[" + first.data), ""
         for item in rest:
-            reason = reason or item.reason or (f"longer than {limit} bytes" if len(held) > limit else "")
-            held += b"" if reason else b"," + item.data
+            held += b"," + item.data
+            if not reason and (reason := item.reason or (too_long(limit) if len(held) > limit else "")):
+                held.clear()
         yield Piece(first.record, b"" if reason else bytes(held + b"]"), reason)
 
 

@@ -14,7 +14,7 @@ __all__ = ["TableKind", "rows", "table_kind"]
 
 TableKind = Literal["Parquet", "Arrow file", "Arrow stream"]
 _ROWS = 16  # at a time: large enough to be quick, small enough for rows of megabytes
-_READ = 1 << 20  # bytes of one column at a time; without it whole column chunks are loaded
+_READ = 1 << 16  # bytes of one column at a time; without it, and with pre-buffering, whole column chunks are loaded
 _MAGIC: dict[bytes, TableKind] = {b"PAR1": "Parquet", b"ARROW1": "Arrow file", b"\xff\xff\xff\xff": "Arrow stream"}
 
 
@@ -42,17 +42,18 @@ def rows(
         ) from error
     try:
         for batch in _batches(kind, file, fields, needed):
+            _check(batch)
             for number in range(batch.num_rows):
                 yield _row(batch.slice(number, 1), limit)
     except arrow.ArrowException as error:  # most are ValueErrors or OSErrors already
-        raise ValueError(f"damaged {kind} data ({type(error).__name__})") from error
+        raise ValueError(f"damaged {kind} data ({type(error).__name__})") from None
 
 
 def _batches(kind: TableKind, file: BinaryIO, fields: Collection[str], needed: Collection[str]) -> Iterator[Any]:
     from pyarrow import RecordBatch, ipc, parquet
 
     if kind == "Parquet":
-        table = parquet.ParquetFile(file, buffer_size=_READ)
+        table = parquet.ParquetFile(file, buffer_size=_READ, pre_buffer=False)
         wanted = _wanted(table.schema_arrow.names, fields, needed)
         yield from map(_microseconds, table.iter_batches(_ROWS, columns=wanted, use_threads=False))
         return
@@ -83,6 +84,36 @@ def _microseconds(batch: Any) -> Any:
         for column in batch.columns
     ]
     return RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _check(batch: Any) -> None:
+    """Raises where unfolding the batch would read outside of its memory: offsets in a file may point anywhere.
+
+    Text that is not UTF-8 is left to the row that it stands in.
+    """
+    from pyarrow import ArrowInvalid
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except ArrowInvalid:
+            column.view(_bytes_for_text(column.type)).validate(full=True)
+
+
+def _bytes_for_text(kind: Any) -> Any:
+    """The type with bytes wherever it has text, in lists and structs, too."""
+    import pyarrow as arrow
+
+    if arrow.types.is_string(kind):
+        return arrow.binary()
+    if arrow.types.is_large_string(kind):
+        return arrow.large_binary()
+    if arrow.types.is_struct(kind):
+        return arrow.struct([field.with_type(_bytes_for_text(field.type)) for field in kind])
+    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
+        lists = arrow.list_ if arrow.types.is_list(kind) else arrow.large_list
+        return lists(kind.value_field.with_type(_bytes_for_text(kind.value_type)))
+    return kind
 
 
 def _row(row: Any, limit: int) -> dict[str, Any] | str:
