@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from collectors.layers import find_decoder_layers
 from monitor import telemetry
 
-__all__ = ["Hold", "Recording", "Steer", "Tap"]
+__all__ = ["Hold", "Recording", "Steer", "Tap", "full_precision"]
 
 _log = structlog.get_logger("anchorwatch.tap")
 
@@ -240,7 +240,7 @@ class Tap:
                 return None
             try:
                 hidden = output[0] if isinstance(output, tuple) else output
-                with _full_precision(hidden.device.type):
+                with full_precision(hidden.device.type):
                     changed = self._at_layer(recording, layer, hidden)
             except Exception as error:
                 self._switch_off(error)
@@ -292,7 +292,7 @@ class Tap:
         _log.error("the tap switched itself off: responses are neither measured nor held", error=type(error).__name__)
 
 
-def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Autocast, where the caller has it on, would do the projection in half precision."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
