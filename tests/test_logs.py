@@ -171,7 +171,7 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "zstd without its length": lambda data: zstandard.ZstdCompressor(write_content_size=False).compress(data),
     "members": lambda data: gzip.compress(data[:40]) + gzip.compress(data[40:]),
     "frames": lambda data: (
-        b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc" + zstandard.compress(data[:40]) + zstandard.compress(data[40:])
+        b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc" + zstandard.compress(data[:41]) + zstandard.compress(data[41:])
     ),
 }
 
@@ -615,6 +615,8 @@ def test_a_first_line_that_is_cut_off_makes_no_other_format(tmp_path: Path) -> N
             assert [type(item) for item in found] == [Skipped, Logged, Logged], torn
         else:
             assert [type(item) for item in found] == [Logged, Logged, Skipped]
+    (tmp_path / "log").write_text(f'{{"messages": [{{"role": "us\n}}\n{good}\n')
+    assert [type(item) for item in read(tmp_path / "log")] == [Skipped, Skipped, Logged]
 
 
 # Whole files
@@ -709,6 +711,7 @@ def test_of_a_truncated_archive_all_that_can_be_unpacked_is_read(tmp_path: Path,
         *before, last = found
         assert all(isinstance(item, Logged) and item.origin.record == at for at, item in enumerate(before, start=1))
         assert isinstance(last, Skipped), (cut, len(whole))
+        assert "can't be read on" in last.reason or cut < 4, (cut, last)  # as short as that it is no archive yet
         assert last.record == len(before) + 1 or (not before and last.record == 0)
     path.write_bytes(whole)
     assert len(talks(path)) == 200
@@ -727,20 +730,20 @@ def test_a_truncated_array_gives_its_items_and_says_that_it_ends(tmp_path: Path)
 
 def test_a_log_that_grows_is_read_up_to_its_size_at_the_start(tmp_path: Path) -> None:
     path, good = tmp_path / "log", json.dumps({"messages": TALK})
-    path.write_text(f"{good}\n" * 3)
+    path.write_text(f"{good}\n" * 3000)  # far more than is read ahead
     reading = read_log(path)
     found = [next(reading)]
     with path.open("a") as file:
         file.write(f"{good}\n" * 5000 + good[:50])
     found += reading
-    assert [type(item) for item in found] == [Logged] * 3
-    path.write_text(f"{good}\n{good[:50]}")  # a line that is being written when the audit starts
+    assert [type(item) for item in found] == [Logged] * 3000
+    path.write_text(f"{good}\n" * 3000 + good[:50])  # a line that is being written when the audit starts
     reading = read_log(path)
     found = [next(reading)]
     with path.open("a") as file:
         file.write(good[50:] + "\n")
     found += reading
-    assert [type(item) for item in found] == [Logged, Skipped]
+    assert [type(item) for item in found] == [Logged] * 3000 + [Skipped]
 
 
 def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
