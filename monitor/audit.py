@@ -575,7 +575,8 @@ def _promise(population: Population | None) -> str:
                 "conversations were healthy"
             )
         case "parent":
-            return "not certified for this population: judged by the baseline and boundaries of another"
+            lender = population.lender or "another"
+            return f"not certified for this population: judged by the baseline and boundaries of {lender}"
         case _ if boundaries.certification == "certified" and boundaries.budget is not None:
             return f"certified: at most {boundaries.budget:.2%} of healthy conversations warn".replace(".00%", "%")
         case _:

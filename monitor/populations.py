@@ -45,11 +45,13 @@ class Population(NamedTuple):
         deployment: its name.
         basis: `calibrated` by its own, by a `parent`'s, by its logs' own (`self`), or `learning`: not judged.
         config: what the fold reads.
+        lender: the deployment whose baseline is borrowed, where it is a parent's.
     """
 
     deployment: str
     basis: Basis
     config: DetectorConfig
+    lender: str | None = None
 
     @property
     def baseline(self) -> Baseline | None:
@@ -119,7 +121,7 @@ class Populations:
             baselines={deployment: replace(baseline, deployment=deployment)},
             own_boundaries={deployment: without_promise(boundaries)},
         )
-        return Population(deployment, basis, config)
+        return Population(deployment, basis, config, baseline.deployment if basis == "parent" else None)
 
 
 def populations(bundle: Bundle, calibration: DetectorConfig | None = None) -> Populations:
