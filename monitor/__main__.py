@@ -9,11 +9,13 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -124,6 +126,91 @@ def worker(bundle: BundleName = "smollm2") -> None:
     finally:
         log.close()
         store.close()
+
+
+@app.command()
+def audit(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Logs: files, folders, - for standard input. With --events: logs' URLs, dumps of projections, "
+            "folders of earlier audits. [default: with --events, the log of ANCHORWATCH_LOG_URL]"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the tables and the report.")] = Path("audit"),
+    form: Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Of the tables.")] = "parquet",
+    events: Annotated[
+        bool, typer.Option("--events", help="Judge recorded projections, as a worker would, instead of scoring text.")
+    ] = False,
+    bundle: BundleName = "smollm2",
+    model: Model = "smollm2",
+    dtype: Dtype = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: the GPU where there is one]")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `anchorwatch calibrate` wrote. [default: the bundle's own calibration]")
+    ] = None,
+    own_baseline: Annotated[
+        bool, typer.Option("--self", help="Take each deployment's baseline from these logs, as if most were healthy.")
+    ] = False,
+    deployment: Annotated[
+        str | None, typer.Option(help="Whose conversations these are. [default: the model that the log names]")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="local, or ray: several processes or machines.")
+    ] = "local",
+    actors: Annotated[int | None, typer.Option(help="Processes of the Ray engine.")] = None,
+    context: Annotated[int, typer.Option(help="Most tokens that the witness reads at a time.")] = 4096,
+    top: Annotated[int, typer.Option(min=0, help="Conversations that the report draws.")] = 100,
+    with_text: Annotated[
+        bool, typer.Option("--with-text", help="Quote the worst turns in the report. Nothing else ever holds text.")
+    ] = False,
+    fail_on: Annotated[
+        Literal["warning", "critical"] | None,
+        typer.Option(help="Exit 1 if a conversation comes to this or worse."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Audit conversation logs of any model, or recorded projections: a verdict for each conversation, and a report.
+
+    A stopped audit goes on from OUT/.shards when the same command is run again.
+    """
+    from collectors.audit import Choices
+    from collectors.audit import audit as audit_paths
+    from monitor.auditor import SHARDS
+    from monitor.report import print_summary, summary_json
+
+    choices = Choices(
+        paths=tuple(paths or ()),
+        out=out,
+        form=form,
+        events=events,
+        bundle=bundle,
+        model=model,
+        dtype=dtype,
+        device=device,
+        calibration=calibration,
+        own_baseline=own_baseline,
+        deployment=deployment,
+        engine=engine,
+        actors=actors,
+        context=context,
+        top=top,
+        with_text=with_text,
+    )
+    try:
+        with _byte_progress() as tell:
+            summary, provenance, problems = audit_paths(choices, tell)
+    except KeyboardInterrupt:
+        kept = "" if events else f" What was scored is kept in {out / SHARDS}:"
+        _stderr.print(f"Stopped; no file of the audit was written.{kept} run the same command again to go on.")
+        sys.exit(130)
+    if as_json:
+        print(summary_json(summary, provenance).decode())
+    else:
+        print_summary(summary, provenance, Console(), problems)
+    worst = {"warning": ("warning", "critical"), "critical": ("critical",), None: ()}[fail_on]
+    if any(summary.verdicts[verdict] for verdict in worst):
+        raise typer.Exit(1)
 
 
 @axis_app.command("build")
@@ -361,6 +448,34 @@ def _progress() -> Iterator[Progress]:
     )
     with Progress(*columns, console=_stderr) as bar:
         yield bar
+
+
+@contextmanager
+def _byte_progress() -> Iterator[Callable[[str, int, int | None, int], None]]:
+    """A bar over bytes whose time left is reckoned from what is new: what was scored before costs nothing."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[share]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=_stderr) as bar:
+        task = bar.add_task("starting", total=None, share="", left="")
+        stage, first, began = "", 0, time.monotonic()
+
+        def tell(what: str, done: int, total: int | None, kept: int) -> None:
+            nonlocal stage, first, began
+            if what != stage:
+                stage, first, began = what, done - kept, time.monotonic()
+            new, seconds = done - kept - first, time.monotonic() - began
+            left = ""
+            if total and new > 0:
+                left = f"{timedelta(seconds=round(seconds * max(0, total - done) / new))} left"
+            share = "" if total is None else f"{done / 2**20:.1f} of {total / 2**20:.1f} MiB"
+            bar.update(task, description=what, completed=done, total=total, share=share, left=left)
+
+        yield tell
 
 
 if __name__ == "__main__":

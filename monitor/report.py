@@ -36,6 +36,7 @@ __all__ = [
     "plain",
     "print_summary",
     "summary_json",
+    "template",
 ]
 
 TEMPLATE = "report.html.jinja"
@@ -268,20 +269,13 @@ def html_report(
     Raises:
         ConfigurationError: jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise needs("jinja2") from error
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"plain": plain, "number": _number, "percent": _percent, "z": _signed}
-    source = files("monitor").joinpath(TEMPLATE).read_text(encoding="utf-8")
     known = {one.deployment: one for one in summary.deployments}
     reach = reach_of(
         [turn for talk in turns.values() for turn in talk],
         [one.boundaries.level for one in summary.deployments if one.boundaries is not None],
     )
     drawn = [_drawn(rank, row, turns, known, exchanges, reach) for rank, row in enumerate(top, 1)]
-    return environment.from_string(source).render(
+    page: str = template().render(
         summary=summary,
         provenance=provenance,
         verdicts=VERDICTS,
@@ -299,6 +293,22 @@ def html_report(
         shares=_shares(summary.verdicts),
         deployment_shares=lambda one: _shares(one.verdicts),
     )
+    return page
+
+
+def template() -> Any:
+    """The page's template, which escapes all that it is given.
+
+    Raises:
+        ConfigurationError: jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise needs("jinja2") from error
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"plain": plain, "number": _number, "percent": _percent, "z": _signed}
+    return environment.from_string(files("monitor").joinpath(TEMPLATE).read_text(encoding="utf-8"))
 
 
 def headline(summary: Summary) -> str:
