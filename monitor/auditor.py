@@ -79,14 +79,14 @@ def run_audit(
         AnchorwatchError: as the sources do.
     """
     problems = []
-    with writable(out, KEPT):
+    with writable(out, lambda: KEPT if (out / SHARDS).is_dir() else ""):
         tables = Tables(out, form)
         try:
             if own_baseline:
                 found, refused = self_sample_of(populations, sources.logs(), sources.records()).baselines()
                 populations = populations.with_own(found)
-                problems.append(ASSUMED)
-                problems += [f"{name} has no baseline of its own: {why}" for name, why in refused.items()]
+                problems += [ASSUMED] if found else []
+                problems += [f"--self gives no baseline for {name}: {why}" for name, why in refused.items()]
             audit = Audit(populations, tables, top=top)
             for scored in sources.logs():
                 audit.take(scored)

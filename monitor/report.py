@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 from msgspec import Struct
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -461,6 +462,9 @@ def print_summary(summary: Summary, provenance: Provenance, console: Console, pr
     )
     if summary.deployments:
         console.print(_deployment_table(summary.deployments[:20]))
+        for one in summary.deployments[:20]:
+            sign = "[green]✓[/]" if one.certified else "[bold yellow]![/]"
+            console.print(f"{sign} {escape(plain(one.deployment, 40))}: {escape(one.says)}", highlight=False)
         if len(summary.deployments) > 20:
             console.print(f"… and {len(summary.deployments) - 20} more deployments", highlight=False)
     if summary.riskiest:
@@ -476,33 +480,34 @@ def print_summary(summary: Summary, provenance: Provenance, console: Console, pr
 
 
 def _deployment_table(deployments: Sequence[DeploymentSummary]) -> Table:
-    table = Table(title="Deployments", title_justify="left", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("deployment", overflow="fold")
-    for name in (*VERDICTS, "warn or worse", "95 % interval"):
-        table.add_column(name, justify="right")
-    table.add_column("certified")
+    for name in (*VERDICTS, "warn or worse"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in deployments:
         table.add_row(
             escape(plain(one.deployment, 40)),
             *(_number(one.verdicts[verdict]) for verdict in VERDICTS),
-            *_interval(one.flagged),
-            escape(one.says),
+            _interval(one.flagged),
         )
     return table
 
 
-def _interval(share: Share) -> tuple[str, str]:
+def _interval(share: Share) -> str:
     if not share.of:
-        return "–", "–"
-    return _percent(share.count / share.of), f"{_percent(share.low)} to {_percent(share.high)}"
+        return "–"
+    return f"{_percent(share.count / share.of)} ({_percent(share.low)}–{_percent(share.high)})"
 
 
 def _riskiest_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="Riskiest conversations", title_justify="left", pad_edge=False)
-    for name, justify in (("risk", "right"), ("verdict", "left"), ("conversation", "left"), ("deployment", "left")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for name in ("kinds", "worst turn", "nearest roles"):
-        table.add_column(name)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("risk", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("riskiest", overflow="fold")
+    table.add_column("deployment", overflow="fold")
+    table.add_column("what")
+    table.add_column("turn", justify="right", no_wrap=True)
+    table.add_column("nearest role")
     for row in rows:
         table.add_row(
             f"{row['risk']:.2f}",
@@ -511,6 +516,6 @@ def _riskiest_table(rows: Sequence[Row]) -> Table:
             escape(plain(row["deployment"], 32)),
             ", ".join(KINDS.get(kind, kind) for kind in row["kinds"]),
             str(row["worst_turn"]),
-            ", ".join(row["nearest_roles"]),
+            row["nearest_roles"][0] if row["nearest_roles"] else "",
         )
     return table

@@ -171,7 +171,7 @@ def parquet() -> Any:
 
 
 @contextmanager
-def writable(folder: Path, kept: str) -> Iterator[None]:
+def writable(folder: Path, kept: Callable[[], str] = str) -> Iterator[None]:
     """Tell what can't be written, with the cure. `kept` says what is not lost.
 
     Raises:
@@ -182,11 +182,11 @@ def writable(folder: Path, kept: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise ConfigurationError(
-                f"the disk of {folder} is full: {error.strerror}", cure=f"free space and run it again. {kept}"
+                f"the disk of {folder} is full: {error.strerror}", cure=f"free space and run it again. {kept()}".strip()
             ) from error
         raise ConfigurationError(
             f"{folder} can't be written: {error.strerror or error}",
-            cure=f"give a folder that this user may write to, and that is no file. {kept}",
+            cure=f"give a folder that this user may write to, and that is no file. {kept()}".strip(),
         ) from error
 
 
@@ -355,14 +355,17 @@ def read_lines(path: Path, progress: Callable[[int, int], None] | None = None) -
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         file: IO[bytes] = gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[assignment]
-        number, size = 0, path.stat().st_size
-        while line := file.readline(LARGEST_LINE):
+        number, taken, size = 0, 0, path.stat().st_size
+        # What is appended while it is read is left for the next time; else a busy file would have no end.
+        while (zipped or taken < size) and (line := file.readline(LARGEST_LINE)):
             number += 1
+            taken += len(line)
             if progress is not None and number % 1000 == 0:
                 progress(raw.tell(), size)
             if len(line) == LARGEST_LINE and not line.endswith(b"\n"):
                 while (rest := file.readline(LARGEST_LINE)) and not rest.endswith(b"\n"):
-                    pass
+                    taken += len(rest)
+                taken += len(rest)
                 yield number, None
             elif line.strip():
                 yield number, line
