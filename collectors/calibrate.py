@@ -1,149 +1,220 @@
-"""Calibrates a bundle on the development scripts: plays them, fits the readout, the baseline and the boundaries.
+"""Calibrates a bundle: what it reads, what healthy responses look like, and where the alarm lies.
 
-It knows which scripts are healthy and which drift, and keeps what it saw beside the bundle, so that the fit can be
-repeated without the model. It judges nothing.
+It joins played conversations, the witness and the fits of `monitor.detect`. Three splits, each used once: *develop* for
+the traits, the readout, the baseline and the shape of the boundaries; *calibrate* for the boundaries alone; *test* for
+nothing here.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from collectors.logs import Logged, read_log
 from collectors.models import LoadedModel
 from collectors.traffic import DRIFTING, HEALTHY, Script, play
-from collectors.watch import watch
+from collectors.traits import Labels, learn_traits
+from collectors.witness import Witness
 from monitor.axis.bundle import Bundle, with_calibration
-from monitor.axis.readout import Readout
 from monitor.detect.configure import calibration_record
-from monitor.detect.fit import Conversations, calibrate, fit_readout
-from monitor.errors import CatalogueError
-from monitor.events import Projection, decode_projection, encode
+from monitor.detect.fit import calibrate, conversation_peaks, unreachable
+from monitor.errors import CatalogueError, ConfigurationError
+from monitor.events import Projection, encode
+from monitor.origin import Skipped
 
 __all__ = [
-    "HEALTHY_FILE",
     "TRAFFIC_FILE",
     "ByKind",
     "by_kind",
     "calibrate_bundle",
-    "collect_traffic",
-    "drifted",
-    "read_traffic",
-    "recorded_traffic",
+    "learn_and_calibrate",
+    "played",
+    "read_conversations",
+    "write_conversations",
     "write_traffic",
 ]
 
 TRAFFIC_FILE = "develop.jsonl.gz"
-HEALTHY_FILE = "healthy.jsonl.gz"
-# Slow drift begins as a task: its first turns are neither healthy nor drifting, and are not fitted.
-SLOW_DRIFT_BEGINS = 3
+CHUNK = 40  # conversations scored together: what progress counts in
 
 ByKind = dict[str, list[list[Projection]]]
+Progress = Callable[[str, int, int], None]
 
 
-class Collected:
-    """A publisher that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.projections: list[Projection] = []
-
-    def publish(self, projection: Projection) -> bool:
-        """Take one."""
-        self.projections.append(projection)
-        return True
-
-
-def collect_traffic(
+def played(
     loaded: LoadedModel,
-    bundle: Bundle,
     scripts: Sequence[Script],
     *,
-    samples: int = 1,
     tokens: int = 48,
-    batch_size: int = 38,
+    batch_size: int = 40,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> list[Projection]:
-    """Play every script `samples` times through a watched model; conversation ids are `<script id>.<sample>`."""
-    conversations = [(f"{script.id}.{sample}", script) for sample in range(samples) for script in scripts]
-    total = sum(len(script.turns) for _, script in conversations)
-    done = 0
-
-    def count(_reply: object) -> None:
-        nonlocal done
-        done += 1
+) -> dict[str, list[dict[str, str]]]:
+    """Play every script once, unwatched; the messages by script id. Scripts of one length go together."""
+    ordered = sorted(scripts, key=lambda script: (len(script.turns), script.id))
+    total, done = sum(len(script.turns) for script in ordered), 0
+    said: dict[str, list[dict[str, str]]] = {}
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        talks = [(script.id, script) for script in batch]
+        said |= play(loaded, None, talks, tokens=tokens, batch_size=batch_size, seed=seed + start)
+        done += sum(len(script.turns) for script in batch)
         progress(done, total)
-
-    collected = Collected()
-    with watch(loaded.model, loaded.tokenizer, bundle, collected) as watched:
-        play(loaded, watched, conversations, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=count)
-    return collected.projections
+    return {script.id: said[script.id] for script in scripts}
 
 
-def recorded_traffic(
-    path: Path, loaded: Callable[[], LoadedModel], bundle: Bundle, scripts: Sequence[Script], **how: Any
-) -> list[Projection]:
-    """Traffic from `path`; where there is none yet, it is played as `collect_traffic` does, and kept there.
+def write_conversations(
+    path: Path, scripts: Sequence[Script], said: Mapping[str, list[dict[str, str]]], model: str
+) -> None:
+    """Keep played conversations as gzipped JSON lines that an audit can read; equal ones give equal bytes."""
+    lines = [
+        json.dumps(
+            {
+                "id": script.id,
+                "model": model,
+                "kind": script.kind,
+                "family": script.family,
+                "messages": said[script.id],
+            },
+            ensure_ascii=False,
+        )
+        for script in scripts
+    ]
+    path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+
+
+def read_conversations(path: Path, scripts: Sequence[Script], deployment: str) -> list[Logged]:
+    """Played conversations, which must be exactly these scripts', in their order.
+
+    Raises:
+        CatalogueError: a conversation is missing, can't be read, or its user says something else.
+    """
+    read = {
+        item.origin.conversation_id: item
+        for item in read_log(str(path), deployment=deployment)
+        if not isinstance(item, Skipped)
+    }
+    wrong = [
+        script.id
+        for script in scripts
+        if script.id not in read
+        or script.turns
+        != tuple(message["content"] for message in read[script.id].messages if message["role"] == "user")
+    ]
+    if wrong:
+        raise CatalogueError(
+            f"{path} does not hold these scripts as they are: {', '.join(wrong[:5])}"
+            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            cure="play the scripts again, into an empty folder",
+        )
+    return [read[script.id] for script in scripts]
+
+
+def learn_and_calibrate(
+    loaded: LoadedModel,
+    bundle: Bundle,
+    develop: Sequence[Logged],
+    calibration: Sequence[Logged],
+    kinds: Mapping[str, str],
+    labels: Labels,
+    *,
+    budget: float = 0.01,
+    critical_budget: float | None = None,
+    progress: Progress = lambda *_: None,
+) -> tuple[Bundle, list[Projection]]:
+    """Traits and readout from `develop`, baseline from its healthy conversations, boundaries from `calibration`.
 
     Args:
-        loaded: gives the model, where it is needed.
-        how: keyword arguments of `collect_traffic`.
+        kinds: kind of conversation by conversation id.
+        labels: see `learn_traits`; may be empty.
+
+    Returns:
+        The calibrated bundle, and the development projections as it measures them.
+
+    Raises:
+        ConfigurationError: as `learn_traits` and `calibrate_bundle`.
     """
-    if not path.exists():
-        write_traffic(path, collect_traffic(loaded(), bundle, scripts, **how))
-    return read_traffic(path)
+    reader = Witness(loaded, bundle)
+    residuals = []
+    for start in range(0, len(develop), CHUNK):
+        residuals += reader.residuals(develop[start : start + CHUNK])
+        progress("learning the traits", min(start + CHUNK, len(develop)), len(develop))
+    learned = learn_traits(bundle, residuals, kinds, labels)
+    # Scored anew: the lowest window of a response is found by the readout.
+    reader = Witness(loaded, learned)
+    seen = _scored(reader, develop, "measuring develop", progress)
+    healthy = _scored(reader, calibration, "measuring calibrate", progress)
+    calibrated = calibrate_bundle(
+        learned, by_kind(seen, kinds), talks_of(healthy), budget=budget, critical_budget=critical_budget
+    )
+    return calibrated, seen
 
 
 def calibrate_bundle(
     bundle: Bundle,
-    projections: Sequence[Projection],
-    scripts: Sequence[Script],
+    develop: ByKind,
+    calibration: Sequence[Sequence[Projection]],
     *,
-    shrinkage: float = 0.1,
-    share: float = 0.08,
-    readout: Readout | None = None,
+    budget: float = 0.01,
+    critical_budget: float | None = None,
 ) -> Bundle:
-    """Fit readout, baseline and boundaries, and put them into the bundle; its id changes.
+    """Put baseline and boundaries for the bundle's readout into it; its id changes.
+
+    The record keeps which share of the drifting development conversations reaches the boundary: what an operator may
+    expect to be detected.
 
     Args:
-        shrinkage: see `fit_readout`.
-        share: share of the healthy conversations that may warn.
-        readout: keep this one, and fit baseline and boundaries only.
+        develop: conversations by kind; the healthy ones give the baseline and the boundaries' shape.
+        calibration: healthy conversations that were used for nothing else.
+        budget, critical_budget: shares of healthy conversations that may warn, and become critical.
+
+    Raises:
+        ConfigurationError: the bundle has no readout; or as `monitor.detect.fit.calibrate`.
     """
-    kinds = by_kind(projections, scripts)
-    healthy: Conversations = {kind: kinds[kind] for kind in HEALTHY if kind in kinds}
-    drifting = {kind: drifted(kind, kinds[kind]) for kind in DRIFTING if kind in kinds}
-    if readout is None:
-        names = bundle.directions()[0]
-        readout = fit_readout(healthy, drifting, coordinates=names, prompt=names, shrinkage=shrinkage)
+    if bundle.info.readout is None:
+        raise ConfigurationError("this bundle has no readout", cure="learn one first, with `learn_traits`")
+    if not calibration:
+        raise ConfigurationError("there is no calibration conversation", cure="give healthy conversations")
     deployment = bundle.info.model.name
-    config = calibrate(healthy, deployment=deployment, axis_id=projections[0].axis_id, readout=readout, share=share)
+    config = calibrate(
+        [talk for kind in HEALTHY for talk in develop.get(kind, [])],
+        calibration,
+        deployment=deployment,
+        axis_id=calibration[0][0].axis_id,
+        readout=bundle.info.readout,
+        budget=budget,
+        critical_budget=critical_budget,
+    )
+    free, limits = unreachable(config), config.boundaries
+    bounds = (limits.level, limits.drop, limits.cusum, limits.dip)
+    drifting = [talk for kind in DRIFTING for talk in develop.get(kind, [])]
+    peaks = [conversation_peaks(talk, free) for talk in drifting]
+    reached = sum(max(value / bound for value, bound in zip(peak, bounds, strict=True)) >= 1.0 for peak in peaks)
     source = {
-        "scripts": len(scripts),
-        "conversations": sum(map(len, kinds.values())),
-        "responses": len(projections),
-        "shrinkage": shrinkage,
-        "share": share,
+        "develop_conversations": sum(map(len, develop.values())),
+        "calibration_conversations": len(calibration),
+        "drifting_development_conversations": len(drifting),
+        "share_of_these_that_warn": round(reached / len(drifting), 4) if drifting else None,
     }
-    return with_calibration(bundle, readout, calibration_record(config, deployment, source))
+    return with_calibration(bundle, bundle.info.readout, calibration_record(config, deployment, source))
 
 
-def by_kind(projections: Sequence[Projection], scripts: Sequence[Script]) -> ByKind:
+def by_kind(projections: Sequence[Projection], kinds: Mapping[str, str]) -> ByKind:
     """Responses by kind and conversation, in order of their turns."""
-    kind_of = {script.id: script.kind for script in scripts}
+    found: ByKind = {}
+    for talk in talks_of(projections):
+        found.setdefault(kinds[talk[0].conversation_id], []).append(talk)
+    return found
+
+
+def talks_of(projections: Sequence[Projection]) -> list[list[Projection]]:
+    """Responses by conversation, each in order of its turns."""
     talks: dict[str, list[Projection]] = {}
     for projection in projections:
         talks.setdefault(projection.conversation_id, []).append(projection)
-    kinds: ByKind = {}
-    for conversation_id, talk in talks.items():
-        kinds.setdefault(kind_of[conversation_id.rpartition(".")[0]], []).append(sorted(talk, key=lambda p: p.turn))
-    return kinds
-
-
-def drifted(kind: str, talks: list[list[Projection]]) -> list[list[Projection]]:
-    """The turns of a drifting kind in which it drifts."""
-    return [talk[SLOW_DRIFT_BEGINS:] for talk in talks] if kind == "slow_drift" else talks
+    return [sorted(talk, key=lambda projection: projection.turn) for talk in talks.values()]
 
 
 def write_traffic(path: Path, projections: Sequence[Projection]) -> None:
@@ -151,15 +222,9 @@ def write_traffic(path: Path, projections: Sequence[Projection]) -> None:
     path.write_bytes(gzip.compress(b"".join(encode(projection) + b"\n" for projection in projections), mtime=0))
 
 
-def read_traffic(path: Path) -> list[Projection]:
-    """Read what `write_traffic` wrote.
-
-    Raises:
-        CatalogueError: it can't be read.
-        EventError: a line is not a projection.
-    """
-    try:
-        lines = gzip.decompress(path.read_bytes()).splitlines()
-    except (OSError, EOFError) as error:
-        raise CatalogueError(f"traffic {path} can't be read: {error}", cure="restore the file") from error
-    return [decode_projection(line) for line in lines]
+def _scored(reader: Witness, conversations: Sequence[Logged], what: str, progress: Progress) -> list[Projection]:
+    found: list[Projection] = []
+    for start in range(0, len(conversations), CHUNK):
+        found += reader.score(conversations[start : start + CHUNK]).projections
+        progress(what, min(start + CHUNK, len(conversations)), len(conversations))
+    return found

@@ -18,7 +18,7 @@ from collectors.models import LoadedModel
 from collectors.spans import encode_prompt, response_tokens, special_token_ids, stop_token_ids
 from monitor.errors import CatalogueError, ModelError
 
-__all__ = ["DRIFTING", "HEALTHY", "Reply", "Script", "load_scripts", "play"]
+__all__ = ["DRIFTING", "HEALTHY", "NAMES", "SLOW_DRIFT_BEGINS", "Reply", "Script", "load_scripts", "play"]
 
 SHIPPED = Path(__file__).parent / "data"
 NAMES = ("demo", "develop", "calibrate", "test")
@@ -34,6 +34,8 @@ HEALTHY = (
     "translation",
 )
 DRIFTING = ("therapy", "philosophy", "delusion", "role_play", "jailbreak", "slow_drift")
+# Slow drift begins as a task: its first turns are neither healthy nor drifting, and nothing is fitted on them.
+SLOW_DRIFT_BEGINS = 3
 
 
 class Script(Struct, frozen=True):

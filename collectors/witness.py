@@ -26,7 +26,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import msgspec
@@ -50,7 +50,7 @@ from monitor.origin import Origin, Skipped
 if TYPE_CHECKING:
     from collectors.logs import Logged
 
-__all__ = ["Shard", "Window", "Witness", "load_witness", "windows"]
+__all__ = ["Residual", "Shard", "Window", "Witness", "load_witness", "windows"]
 
 SOURCE = "anchorwatch/witness"
 CONTEXT = 4096
@@ -78,6 +78,18 @@ class Shard(Struct, frozen=True, kw_only=True):
     projections: list[Projection]
     skipped: list[Skipped]
     notes: list[str]
+
+
+class Residual(NamedTuple):
+    """The residual stream of one reply, raw units: its mean over the reply, and its value at the last prompt token.
+
+    Both have shape [hidden]; `turn` is the index of the assistant turn.
+    """
+
+    conversation_id: str
+    turn: int
+    reply: NDArray[np.float32]
+    prompt: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -253,6 +265,32 @@ class Witness:
             notes=notes,
         )
 
+    def residuals(self, conversations: Sequence[Logged]) -> list[Residual]:
+        """The residual stream at the bundle's layer, whole, for those who look for new directions in it.
+
+        Returns:
+            By conversation in their order, then by turn; replies that can't be scored are left out.
+
+        Raises:
+            ModelError: as `score`.
+        """
+        directions = self._directions
+        self._directions = torch.eye(len(directions), device=directions.device)
+        try:
+            readings = [one for place, item in enumerate(conversations) for one in self._encoded(place, item)[0]]
+            self._read(readings, [])
+        finally:
+            self._directions = directions
+        found = []
+        for reading in readings:
+            for turn, (start, end), counted in reading.replies:
+                values = reading.values[start - reading.first : end - reading.first][counted]
+                at_prompt = reading.values[start - 1 - reading.first]
+                if np.isfinite(values).all() and np.isfinite(at_prompt).all():
+                    id = conversations[reading.conversation].origin.conversation_id
+                    found.append((reading.conversation, Residual(id, turn, values.mean(axis=0), at_prompt.copy())))
+        return [residual for _, residual in sorted(found, key=lambda one: (one[0], one[1].turn))]
+
     # From messages to what is fed
 
     def _encoded(self, place: int, conversation: Logged) -> tuple[list[_Reading], list[Skipped]]:
@@ -308,7 +346,7 @@ class Witness:
         if max(ids[:length]) >= self._vocabulary:
             reason = "the tokenizer gives a token that the model does not have"
             return None, refused + [_skipped(conversation, turn, reason) for turn, _, _ in replies]
-        values = np.full((length - first, len(self._instrument.names)), np.nan, dtype=np.float32)
+        values = np.full((length - first, self._directions.shape[1]), np.nan, dtype=np.float32)
         reading = _Reading(place, replies, first, length, 0, [], self.context, values)
         reading.base = reading.windows()[0].start
         reading.ids = ids[reading.base : length]

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from monitor import telemetry
@@ -297,47 +298,80 @@ def axis_calibrate(
     out: Annotated[Path, typer.Option(help="Folder of the calibrated bundle; it may be the bundle's own.")],
     bundle: BundleName = "smollm2",
     model: Model = "smollm2",
-    samples: Annotated[int, typer.Option(help="Conversations per development script.")] = 1,
+    conversations: Annotated[
+        Path | None,
+        typer.Option(help="Folder with develop.jsonl.gz and calibrate.jsonl.gz. [default: the scripts are played]"),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV file with conversation_id, turn and label of the develop replies.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Share of healthy conversations that may warn.")] = 0.01,
+    critical_budget: Annotated[
+        float | None, typer.Option(help="Share that may become critical. [default: no budget of its own]")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 48,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
-    share: Annotated[float, typer.Option(help="Share of the healthy development conversations that may warn.")] = 0.08,
+    dtype: Dtype = "float32",
 ) -> None:
-    """Play the development scripts, and fit readout, baseline and boundaries to what was measured.
+    """Learn what to read from the develop scripts, and set the alarm boundary on the calibrate scripts.
 
-    The traffic is kept in OUT, and used again where it is there: remove it to play the scripts anew.
+    Without --conversations the model plays the scripts; what it said is kept in OUT, and used again where it is there.
     """
-    from collectors.calibrate import HEALTHY_FILE, TRAFFIC_FILE, calibrate_bundle, recorded_traffic
+    from collectors.calibrate import (
+        TRAFFIC_FILE,
+        learn_and_calibrate,
+        played,
+        read_conversations,
+        write_conversations,
+        write_traffic,
+    )
     from collectors.models import load_model
-    from collectors.traffic import HEALTHY, load_scripts
+    from collectors.traffic import load_scripts
+    from collectors.traits import read_labels
     from monitor.axis.bundle import load_bundle, load_responses, resolve_bundle, save_bundle
     from monitor.axis.show import show
 
     directory = resolve_bundle(bundle)
-    axis, scripts = load_bundle(directory), load_scripts("develop")
+    axis = load_bundle(directory)
     evidence = load_responses(axis, directory) if axis.info.responses_sha256 else None
-    loaded = functools.cache(lambda: load_model(model))
-    out.mkdir(parents=True, exist_ok=True)
+    known = read_labels(labels) if labels is not None else {}
+    splits = {name: load_scripts(name) for name in ("develop", "calibrate")}
+    loaded = load_model(model, dtype=dtype)
+    # What was said belongs to these weights and this way of playing, and to no other.
+    kept = conversations or out / f"conversations-{loaded.facts.weights_sha256[:12]}-{tokens}-{seed}"
     with _progress() as bar:
-        # Twice: the lowest window of a response is found by the readout, so the boundaries need traffic that was
-        # measured with it.
-        for stage, (file, played) in enumerate(
-            [(TRAFFIC_FILE, scripts), (HEALTHY_FILE, [script for script in scripts if script.kind in HEALTHY])]
-        ):
-            task = bar.add_task(file, total=None)
-            projections = recorded_traffic(
-                out / file,
-                loaded,
-                axis,
-                played,
-                samples=samples,
-                tokens=tokens,
-                seed=seed + stage,
-                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
-            )
-            axis = calibrate_bundle(
-                axis, projections, played, share=share, readout=axis.info.readout if stage else None
-            )
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=None)
+            bar.update(tasks[what], completed=done, total=total)
+
+        for name, scripts in splits.items():
+            file = kept / f"{name}.jsonl.gz"
+            if conversations is None and not file.exists():
+                kept.mkdir(parents=True, exist_ok=True)
+                said = played(
+                    loaded, scripts, tokens=tokens, seed=seed, progress=functools.partial(advance, f"playing {name}")
+                )
+                write_conversations(file, scripts, said, axis.info.model.name)
+        develop, calibration = (
+            read_conversations(kept / f"{name}.jsonl.gz", scripts, axis.info.model.name)
+            for name, scripts in splits.items()
+        )
+        axis, seen = learn_and_calibrate(
+            loaded,
+            axis,
+            develop,
+            calibration,
+            {script.id: script.kind for script in splits["develop"]},
+            known,
+            budget=budget,
+            critical_budget=critical_budget,
+            progress=advance,
+        )
     save_bundle(axis, out, evidence)
+    write_traffic(out / TRAFFIC_FILE, seen)
     show(axis, _stderr)
     print(out)
 
@@ -472,7 +506,7 @@ def _byte_progress() -> Iterator[Callable[[str, int, int | None, int], None]]:
             left = ""
             if total and new > 0:
                 left = f"{timedelta(seconds=round(seconds * max(0, total - done) / new))} left"
-            share = "" if total is None else f"{done / 2**20:.1f} of {total / 2**20:.1f} MiB"
+            share = "" if total is None else f"{decimal(done)} of {decimal(total)}"
             bar.update(task, description=what, completed=done, total=total, share=share, left=left)
 
         yield tell

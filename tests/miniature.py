@@ -54,9 +54,15 @@ def built(tmp_path_factory: pytest.TempPathFactory, loaded: Any, catalogue: Cata
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory: pytest.TempPathFactory, loaded: Any, built: Built) -> Path:
     """The folder of the same bundle, calibrated on the tiny model's own talk."""
-    from collectors.calibrate import calibrate_bundle, collect_traffic
+    from collectors.calibrate import learn_and_calibrate, played, read_conversations, write_conversations
+    from collectors.traffic import HEALTHY
 
+    folder = tmp_path_factory.mktemp("calibrated")
     scripts = small_scripts()
-    seen = collect_traffic(loaded, built.bundle, scripts, samples=2, tokens=20, batch_size=16)
-    bundle = calibrate_bundle(built.bundle, seen, scripts, share=0.1)
-    return save_bundle(bundle, tmp_path_factory.mktemp("calibrated") / "bundle", built.responses)
+    said = played(loaded, scripts, tokens=20, batch_size=16)
+    write_conversations(folder / "said.jsonl.gz", scripts, said, built.bundle.info.model.name)
+    develop = read_conversations(folder / "said.jsonl.gz", scripts, built.bundle.info.model.name)
+    kinds = {script.id: script.kind for script in scripts}
+    healthy = [one for one in develop if kinds[one.origin.conversation_id] in HEALTHY]
+    bundle, _ = learn_and_calibrate(loaded, built.bundle, develop, healthy, kinds, {}, budget=0.1)
+    return save_bundle(bundle, folder / "bundle", built.responses)

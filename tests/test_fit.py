@@ -14,7 +14,7 @@ from monitor.axis.geometry import auroc
 from monitor.axis.readout import Readout
 from monitor.detect.baseline import DetectorConfig
 from monitor.detect.conversation import ConversationState, step
-from monitor.detect.fit import Conversations, calibrate, conversation_peaks, fit_readout
+from monitor.detect.fit import Conversations, Group, calibrate, conversation_peaks, fit_direction, fit_readout
 from monitor.errors import ConfigurationError
 from monitor.events import Projection, Windows
 
@@ -115,6 +115,34 @@ def test_a_direction_along_which_nothing_varies_is_refused_by_name() -> None:
         fit_readout({"task": [still]}, {"role_play": [still]}, coordinates=["persona_axis", "still"])
 
 
+def test_a_group_weighs_as_it_is_told() -> None:
+    random = np.random.default_rng(5)
+    one, other, low = (random.normal(size=(50, 3)) + shift for shift in ([4, 0, 0], [0, 4, 0], [0, 0, 0]))
+    drifting = [Group(low, 1.0)]
+    even = fit_direction([Group(one, 1.0), Group(other, 1.0)], drifting, shrinkage=0.5)
+    first = fit_direction([Group(one, 1.0), Group(other, 0.01)], drifting, shrinkage=0.5)
+    assert abs(even[0] - even[1]) < 0.3 * abs(even[0])
+    assert first[0] > 5 * abs(first[1])
+    halves = [Group(one[:25], 0.5), Group(one[25:], 0.5), Group(other, 1.0)]
+    assert fit_direction(halves, drifting, shrinkage=0.5) == pytest.approx(even)
+
+
+def test_with_more_features_than_responses_the_diagonal_carries_it() -> None:
+    random = np.random.default_rng(6)
+    high, low = random.normal(size=(40, 300)), random.normal(size=(40, 300))
+    high[:, 0] += 2.0
+    weights = fit_direction([Group(high[:20], 1.0)], [Group(low[:20], 1.0)], shrinkage=0.9)
+    assert np.argmax(np.abs(weights)) == 0 and weights[0] > 0
+    assert auroc(high[20:] @ weights, low[20:] @ weights) > 0.7
+
+
+@pytest.mark.parametrize("sides", [([], [1]), ([1], [])])
+def test_a_direction_from_one_side_only_is_refused(sides: tuple[list[int], list[int]]) -> None:
+    healthy, drifting = ([Group(np.random.default_rng(n).normal(size=(9, 2)), 1.0) for n in side] for side in sides)
+    with pytest.raises(ConfigurationError, match="healthy and drifting"):
+        fit_direction(healthy, drifting, shrinkage=0.1)
+
+
 # Baseline and boundaries
 
 
@@ -130,7 +158,8 @@ def warned(talk: Sequence[Projection], config: DetectorConfig) -> bool:
 
 def calibrated(healthy: Conversations, share: float) -> DetectorConfig:
     readout = Readout({"persona_axis": 1.0, "style:poem": 1.0})
-    return calibrate(healthy, deployment="shop", axis_id="axis", readout=readout, share=share)
+    talks = [talk for talks in healthy.values() for talk in talks]
+    return calibrate(talks, talks, deployment="shop", axis_id="axis", readout=readout, budget=share)
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,6 +173,7 @@ def test_at_most_the_asked_share_of_the_healthy_conversations_warns(
     seed: int, count: int, turns: int, share: float
 ) -> None:
     healthy = {"task": kind(seed, count, 0.0, 0.0, turns), "poem": kind(seed + 1, count, 0.3, 6.0, turns)}
+    share = max(share, 1.01 / (2 * count + 1))
     config = calibrated(healthy, share)
     talks = [talk for talks in healthy.values() for talk in talks]
     assert sum(warned(talk, config) for talk in talks) <= share * len(talks)
@@ -162,11 +192,6 @@ def test_drifting_conversations_cross_them() -> None:
 def test_a_smaller_share_is_a_higher_boundary() -> None:
     levels = [calibrated(HEALTHY, share).boundaries.level for share in (0.5, 0.2, 0.05)]
     assert levels == sorted(levels) and levels[0] < levels[-1]
-
-
-def test_what_was_fitted_on_itself_calls_itself_uncertified() -> None:
-    boundaries = calibrated(HEALTHY, 0.05).boundaries
-    assert (boundaries.certification, boundaries.budget) == ("uncertified", 0.05)
 
 
 def test_the_order_of_kinds_and_conversations_does_not_matter() -> None:

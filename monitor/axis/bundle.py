@@ -72,6 +72,7 @@ __all__ = [
     "save_bundle",
     "shipped_bundles",
     "with_calibration",
+    "with_traits",
 ]
 
 MAX_JSON_BYTES = 64 << 20
@@ -175,6 +176,20 @@ def with_calibration(bundle: Bundle, readout: Readout | None, calibration: Mappi
         bundle.info, readout=readout, calibration=None if calibration is None else dict(calibration)
     )
     return new_bundle(bundle.tensors, calibrated)
+
+
+def with_traits(bundle: Bundle, traits: Mapping[str, NDArray[Any]], readout: Readout) -> Bundle:
+    """The same bundle with other traits, and a readout that may name them; without a calibration, so the id changes.
+
+    Args:
+        traits: directions [hidden] at the chosen layer, by name; their length does not matter.
+
+    Raises:
+        BundleCorrupt: as `with_calibration`; or a trait is not finite, or of another size.
+    """
+    stacked = np.stack([_unit(np.asarray(trait, dtype=np.float32)) for trait in traits.values()])
+    info = msgspec.structs.replace(bundle.info, traits=list(traits), readout=readout, calibration=None)
+    return new_bundle({**bundle.tensors, "traits": stacked}, info)
 
 
 def save_bundle(bundle: Bundle, directory: Path, responses: Mapping[str, NDArray[Any]] | None = None) -> Path:
