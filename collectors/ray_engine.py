@@ -19,6 +19,8 @@ __all__ = ["spread"]
 
 Result = TypeVar("Result")
 _END = b""  # in place of a piece: the file has no more
+# CPUs that a worker and a reading task are booked for: so there can be as many workers as CPUs, and room to read.
+WORKING, READING = 0.9, 0.1
 
 
 def spread(
@@ -40,7 +42,7 @@ def spread(
         actors: how many.
 
     Raises:
-        ConfigurationError: Ray is not installed.
+        ConfigurationError: Ray is not installed, or the cluster is too small.
         AnchorwatchError: what a piece or worker raised; or a machine or process was lost for good.
     """
     try:
@@ -51,35 +53,46 @@ def spread(
             cure="pip install 'anchorwatch[ray]', or use the local engine",
         ) from error
     with _running(ray, actors):
-        gpus = ray.cluster_resources().get("GPU", 0.0)
+        resources = ray.cluster_resources()
+        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        if cpus < actors * WORKING + READING:  # Ray would wait for more, for ever
+            raise ConfigurationError(
+                f"{actors} actors are too many for a Ray cluster with {cpus:g} CPUs", cure="give fewer actors"
+            )
         data = _read(ray, files, pieces).map_batches(
             _Worker,
             fn_constructor_kwargs={"make": worker},
             batch_size=1,
             batch_format="pyarrow",
             concurrency=actors,
-            num_cpus=1,
+            num_cpus=WORKING,
             num_gpus=min(1.0, gpus / actors) if gpus else None,
         )
-        try:
-            yield from _in_order(data, len(files))
-        except AnchorwatchError:
-            raise
-        except Exception as error:
-            raise _told(error) from error
+        yield from _in_order(data, len(files))
 
 
 class _Worker:
-    """One actor's work."""
+    """One actor's work. What fails is sent like a result, since Ray would wrap it beyond recognition."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
-        self._work = make()
+        self._failure: AnchorwatchError | None = None
+        try:
+            self._work = make()
+        except AnchorwatchError as error:
+            self._failure = error
 
     def __call__(self, batch: Any) -> Any:
         (row,) = batch.to_pylist()
         if row["data"] != _END:
-            row["data"] = pickle.dumps(self._work(pickle.loads(row["data"])))
+            row["data"] = pickle.dumps(self._outcome(pickle.loads(row["data"])))
         return type(batch).from_pylist([row])
+
+    def _outcome(self, piece: Any) -> Any:
+        failure = piece if isinstance(piece, AnchorwatchError) else self._failure
+        try:
+            return failure or self._work(piece)
+        except AnchorwatchError as error:
+            return error
 
 
 def _read(ray: Any, files: Sequence[str], pieces: Callable[[str], Iterator[Any]]) -> Any:
@@ -87,11 +100,10 @@ def _read(ray: Any, files: Sequence[str], pieces: Callable[[str], Iterator[Any]]
     from ray.data.block import BlockMetadata
 
     def rows(place: int) -> Iterator[Any]:
-        number = 0
-        for piece in pieces(files[place]):
+        number = -1
+        for number, piece in enumerate(_or_failure(pieces(files[place]))):
             yield pyarrow.Table.from_pylist([{"file": place, "number": number, "data": pickle.dumps(piece)}])
-            number += 1
-        yield pyarrow.Table.from_pylist([{"file": place, "number": number, "data": _END}])
+        yield pyarrow.Table.from_pylist([{"file": place, "number": number + 1, "data": _END}])
 
     def reader(place: int) -> Callable[[], Iterator[Any]]:
         return lambda: rows(place)
@@ -108,24 +120,49 @@ def _read(ray: Any, files: Sequence[str], pieces: Callable[[str], Iterator[Any]]
 
     # Other resources than the workers ask for: else Ray would run reading and working in one actor, and one file would
     # keep one actor busy and no other.
-    return ray.data.read_datasource(Pieces(), override_num_blocks=len(files), ray_remote_args={"num_cpus": 0.1})
+    return ray.data.read_datasource(Pieces(), override_num_blocks=len(files), ray_remote_args={"num_cpus": READING})
+
+
+def _or_failure(pieces: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from pieces
+    except AnchorwatchError as error:
+        yield error
 
 
 def _in_order(data: Any, files: int) -> Iterator[Any]:
     """Results as the files have them: the few that come early wait."""
     waiting: dict[tuple[int, int], bytes] = {}
     file = number = 0
-    for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in batch.to_pylist():
-            waiting[row["file"], row["number"]] = row["data"]
+    for row in _rows(data):
+        waiting[row["file"], row["number"]] = row["data"]
         while (found := waiting.pop((file, number), None)) is not None:
             if found == _END:
                 file, number = file + 1, 0
-            else:
-                number += 1
-                yield pickle.loads(found)
+                continue
+            result = pickle.loads(found)
+            if isinstance(result, AnchorwatchError):
+                raise result
+            yield result
+            number += 1
     if file < files:
         raise AnchorwatchError(f"Ray gave no results for {files - file} files", cure="run the same command again")
+
+
+def _rows(data: Any) -> Iterator[Any]:
+    """Results as they come."""
+    batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # whatever befell Ray: its own errors have no common root
+            raise AnchorwatchError(
+                f"the Ray engine failed: {type(error).__name__}",
+                cure="run the same command again, which keeps what was scored; or use the local engine",
+            ) from error
+        if batch is None:
+            return
+        yield from batch.to_pylist()
 
 
 @contextmanager
@@ -163,16 +200,3 @@ def _quiet(ray: Any) -> Iterator[None]:
     finally:
         context.enable_progress_bars, context.target_max_block_size = before
         logger.setLevel(level)
-
-
-def _told(error: BaseException) -> AnchorwatchError:
-    """What went wrong in a task or an actor, as it was raised there; Ray wraps it several times."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, AnchorwatchError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return AnchorwatchError(
-        f"the Ray engine failed: {type(error).__name__}",
-        cure="run the same command again, which keeps what was scored; or use the local engine",
-    )

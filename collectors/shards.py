@@ -40,6 +40,7 @@ __all__ = ["SHARD_SIZE", "Progress", "score_logs"]
 SHARD_SIZE = 64
 # A shard's text is held at once: very long conversations make smaller shards.
 SHARD_CHARACTERS = 1 << 22
+MESSAGE_CHARACTERS = 36  # what a message takes in JSON beside its text
 SHARD_RECORDS = 1 << 12  # with those that can't be read
 SCHEMA = 1
 _PARTIAL = re.compile(r"\.[0-9a-f]{64}\.\d+\.partial")
@@ -137,24 +138,45 @@ class _Done(NamedTuple):
 
 def _cut(file: str, *, shard_size: int, deployment: str | None) -> Iterator[_Piece]:
     """A log's fixed shards, one held at a time: what they are depends on the log alone."""
-    place = before = 0
-
-    def at_byte(byte: int) -> None:
-        nonlocal place
-        place = byte
-
+    place = _Place()
     items: list[Logged | Skipped] = []
-    conversations = characters = 0
-    for item in read_log(file, deployment=deployment, at_byte=at_byte):
-        full = conversations >= shard_size or characters >= SHARD_CHARACTERS or len(items) >= SHARD_RECORDS
-        if full:
-            yield _Piece(items, place - before)
-            items, conversations, characters, before = [], 0, 0, place
+    conversations = characters = before = 0
+    for item in read_log(file, deployment=deployment, at_byte=place.read_to):
+        if conversations >= shard_size or characters >= SHARD_CHARACTERS or len(items) >= SHARD_RECORDS:
+            yield _Piece(items, place.byte - before)
+            items, conversations, characters, before = [], 0, 0, place.byte
         items.append(item)
         if isinstance(item, Logged):
             conversations += 1
-            characters += sum(len(message["content"]) for message in item.messages)
-    yield _Piece(items, max(place, _size(file)) - before)
+            length = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in item.messages)
+            characters += length
+            place.said(length)
+    yield _Piece(items, max(before, _size(file)) - before)
+
+
+class _Place:
+    """How far into a log its conversations have come. The reader reads ahead: between its steps the text tells."""
+
+    def __init__(self) -> None:
+        self._from = self._to = 0  # the stretch of the file that the reader holds
+        self._characters = 0  # of text that came out of it so far
+        self._rate = 1.0  # bytes a character, in the stretch before
+
+    def read_to(self, byte: int) -> None:
+        """The reader has come to this byte."""
+        if byte > self._to:
+            if self._characters:
+                self._rate = (self._to - self._from) / self._characters
+            self._from, self._to, self._characters = self._to, byte, 0
+
+    def said(self, characters: int) -> None:
+        """A conversation came out."""
+        self._characters += characters
+
+    @property
+    def byte(self) -> int:
+        """Where we are; never goes back."""
+        return min(self._to, self._from + int(self._characters * self._rate))
 
 
 def _size(file: str) -> int:
