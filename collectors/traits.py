@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +26,24 @@ from monitor.axis.readout import Readout
 from monitor.detect.fit import Group, fit_direction
 from monitor.errors import CatalogueError
 
-__all__ = ["ASSISTANT", "DRIFTED", "PROMPT", "REPLY", "Labels", "learn_traits", "read_labels"]
+__all__ = [
+    "ASSISTANT",
+    "DRIFTED",
+    "PROMPT",
+    "REPLY",
+    "Labels",
+    "drifted_turns",
+    "label_of",
+    "learn_traits",
+    "read_labels",
+    "weights_of",
+]
 
 REPLY, PROMPT = "anchored_reply", "anchored_prompt"
 # What a label of a reply says; in between (1) and can't tell (9) teach nothing.
 ASSISTANT, DRIFTED = 0, 2
 Labels = Mapping[tuple[str, int], int]
+Turn = TypeVar("Turn")
 
 # With 1,152 features and about as many replies, little of the covariance can be believed beyond its diagonal.
 SHRINKAGE = 0.9
@@ -74,6 +87,11 @@ def label_of(residual: Residual, kinds: Mapping[str, str], labels: Labels) -> in
     if kind in HEALTHY:
         return ASSISTANT
     return DRIFTED if kind != "slow_drift" or residual.turn >= SLOW_DRIFT_BEGINS else None
+
+
+def drifted_turns(kind: str, talk: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns of a drifting script in which its user pulls."""
+    return talk[SLOW_DRIFT_BEGINS:] if kind == "slow_drift" else talk
 
 
 def weights_of(

@@ -199,7 +199,8 @@ class Witness:
                 cure=f"give at least {NARROWEST} tokens of context (the model takes {limit}) and one of a batch",
             )
         self.batch_tokens = batch_tokens
-        self._layer = find_decoder_layers(self._model, decoder_layers)[bundle.layer]
+        self._layers = find_decoder_layers(self._model, decoder_layers)
+        self._layer = self._layers[bundle.layer]
         self._instrument = Instrument(bundle)
         self._directions = torch.from_numpy(self._instrument.directions.copy()).to(self._model.device)
         self._stop = stop_token_ids(self._tokenizer, self._model.generation_config)
@@ -265,8 +266,11 @@ class Witness:
             notes=notes,
         )
 
-    def residuals(self, conversations: Sequence[Logged]) -> list[Residual]:
-        """The residual stream at the bundle's layer, whole, for those who look for new directions in it.
+    def residuals(self, conversations: Sequence[Logged], layer: int | None = None) -> list[Residual]:
+        """The residual stream, whole, for those who look for new directions in it.
+
+        Args:
+            layer: by default the bundle's.
 
         Returns:
             By conversation in their order, then by turn; replies that can't be scored are left out.
@@ -274,13 +278,14 @@ class Witness:
         Raises:
             ModelError: as `score`.
         """
-        directions = self._directions
-        self._directions = torch.eye(len(directions), device=directions.device)
+        usual = self._directions, self._layer
+        self._directions = torch.eye(len(usual[0]), device=usual[0].device)
+        self._layer = self._layers[layer] if layer is not None else self._layer
         try:
             readings = [one for place, item in enumerate(conversations) for one in self._encoded(place, item)[0]]
             self._read(readings, [])
         finally:
-            self._directions = directions
+            self._directions, self._layer = usual
         found = []
         for reading in readings:
             for turn, (start, end), counted in reading.replies:

@@ -214,6 +214,208 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command()
+def calibrate(
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Healthy conversations: logs, or with --events topics, dumps and folders of audits."),
+    ],
+    out: Annotated[Path, typer.Option(help="The calibration, for `audit`, `backtest` and `worker`.")],
+    budget: Annotated[float, typer.Option(help="Share of healthy conversations that may warn.")] = 0.01,
+    critical_budget: Annotated[
+        float | None,
+        typer.Option(help="Share that may become critical. [default: a multiple of the boundary, uncertified]"),
+    ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(help="Least probability that the realised share is within the budget. [default: on average]"),
+    ] = None,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="With too few conversations go on, and promise nothing.")
+    ] = False,
+    events: Annotated[bool, typer.Option("--events", help="The paths are recorded projections, not text.")] = False,
+    bundle: BundleName = "smollm2",
+    model: Model = "smollm2",
+    dtype: Dtype = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: the GPU where there is one]")] = None,
+    deployment: Annotated[
+        str | None, typer.Option(help="Whose conversations these are. [default: the model that the log names]")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of the scored shards; a stopped run goes on. [default: OUT.work]")
+    ] = None,
+    traffic: Annotated[int, typer.Option("--conversations-per-day", help="For the expected load.")] = 10_000,
+    prevalence: Annotated[float, typer.Option(help="Share of conversations that drift, for the load.")] = 0.01,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate deployments on healthy conversations of their own, so that an alarm budget holds for them.
+
+    One conversation per user is a unit. Exits 1 if a deployment has too few for the budget.
+    """
+    from collectors.responses import Measured
+    from monitor.axis.bundle import load_bundle, resolve_bundle
+    from monitor.calibration import Talk, calibrate_deployments, print_calibrated, report_of
+    from monitor.detect.configure import detector_config
+
+    _writable_file(out)
+    axis = load_bundle(resolve_bundle(bundle))
+    parent = detector_config(axis)
+    talks: dict[str, tuple[str | None, list[Any]]] = {}
+    unread: dict[str, int] = {}
+    measured: Measured
+    with _measuring(
+        paths, work or out.with_name(out.name + ".work"), events, unread, bundle, model, dtype, device, deployment
+    ) as responses:
+        for measured in responses:
+            talks.setdefault(measured.conversation, (measured.user, []))[1].append(measured.projection)
+    found = calibrate_deployments(
+        (Talk(id, user, row) for id, (user, row) in talks.items()),
+        parent,
+        budget=budget,
+        critical_budget=critical_budget,
+        confidence=confidence,
+        uncertified=uncertified,
+    )
+    _say_unread(unread)
+    detection = (axis.info.calibration or {}).get("source", {}).get("share_of_these_that_warn")
+    report = report_of(found, traffic=traffic, prevalence=prevalence, detection=detection)
+    print(json.dumps(report)) if as_json else print_calibrated(report, Console())
+    if found.config.own_boundaries:
+        _replace_file(out, found.config.to_json())
+        _stderr.print(f"Written to {out}", highlight=False)
+    if found.refused or not found.config.own_boundaries:
+        raise typer.Exit(1)
+
+
+@app.command()
+def backtest(
+    paths: Annotated[
+        list[str], typer.Argument(help="Folders of audits, dumps of projections, topics; with --logs: logs.")
+    ],
+    config: Annotated[
+        list[str],
+        typer.Option(help="A calibration, or a bundle's name or folder; more than once to compare."),
+    ],
+    verdicts: Annotated[
+        Path | None, typer.Option(help="CSV file with conversation_id, label and, where known, turn.")
+    ] = None,
+    logs: Annotated[bool, typer.Option("--logs", help="The paths are conversation logs: score them first.")] = False,
+    bundle: BundleName = "smollm2",
+    model: Model = "smollm2",
+    dtype: Dtype = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: the GPU where there is one]")] = None,
+    deployment: Annotated[
+        str | None, typer.Option(help="Judge all conversations as this deployment's. [default: as recorded]")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder of the scored shards, with --logs.")] = Path("backtest.work"),
+    as_json: AsJson = False,
+) -> None:
+    """Say what each configuration would have raised over recorded conversations, and, given verdicts, how well."""
+    from msgspec.structs import replace
+
+    from monitor.backtest import compared, print_compared, read_verdicts, replay
+
+    configs = {name: _detector(name) for name in config}
+    if len(configs) < len(config):
+        raise ConfigurationError("a --config is given twice", cure="give each one once")
+    labels = read_verdicts(verdicts) if verdicts is not None else None
+    unread: dict[str, int] = {}
+
+    def told(_event: object, error: AnchorwatchError) -> None:
+        unread[error.problem] = unread.get(error.problem, 0) + 1
+
+    with _measuring(paths, work, not logs, unread, bundle, model, dtype, device, deployment) as responses:
+        outcomes = replay(
+            (
+                replace(
+                    one.projection,
+                    conversation_id=one.conversation,
+                    deployment=deployment or one.projection.deployment,
+                )
+                for one in responses
+            ),
+            list(configs.values()),
+            on_poison=told,
+        )
+    _say_unread(unread)
+    report = compared(dict(zip(configs, outcomes, strict=True)), configs, labels)
+    print(json.dumps(report)) if as_json else print_compared(report, Console())
+
+
+def _detector(name: str) -> Any:
+    """A calibration file, or a bundle's own configuration."""
+    from monitor.axis.bundle import load_bundle, resolve_bundle
+    from monitor.detect.baseline import DetectorConfig
+    from monitor.detect.configure import detector_config
+
+    path = Path(name)
+    return (
+        DetectorConfig.from_json(path.read_bytes())
+        if path.is_file()
+        else detector_config(load_bundle(resolve_bundle(name)))
+    )
+
+
+@contextmanager
+def _measuring(
+    paths: list[str],
+    work: Path,
+    events: bool,
+    unread: dict[str, int],
+    bundle: str,
+    model: str,
+    dtype: str,
+    device: str | None,
+    deployment: str | None,
+) -> Iterator[Iterator[Any]]:
+    """The responses of logs or recorded ones, with a progress bar; what can't be read is counted by its reason."""
+    from collectors.responses import logged_responses, recorded_responses
+
+    def note(_source: str, _record: int, reason: str) -> None:
+        unread[reason] = unread.get(reason, 0) + 1
+
+    with _byte_progress() as tell:
+
+        def progress(done: int, total: int) -> None:
+            tell("reading" if events else "scoring", done, total, 0)
+
+        if events:
+            yield recorded_responses(paths, unread=note, progress=progress)
+        else:
+            yield logged_responses(
+                paths,
+                work,
+                model=model,
+                bundle=bundle,
+                dtype=dtype,
+                device=device,
+                deployment=deployment,
+                unread=note,
+                progress=progress,
+            )
+
+
+def _say_unread(unread: dict[str, int]) -> None:
+    for reason, count in sorted(unread.items(), key=lambda item: -item[1])[:10]:
+        _stderr.print(f"left out, {count} times: {reason}", markup=False, highlight=False)
+
+
+def _writable_file(path: Path) -> None:
+    """Refuse now what would fail after hours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_file(path.with_name(path.name + ".probe"), b"")
+        path.with_name(path.name + ".probe").unlink()
+    except OSError as error:
+        raise ConfigurationError(f"{path} can't be written: {error.strerror}", cure="give another --out") from error
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
 @axis_app.command("build")
 def axis_build(
     out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],

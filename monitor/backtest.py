@@ -7,11 +7,14 @@ side in one pass over the events.
 from __future__ import annotations
 
 import csv
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from rich.console import Console
 
 from monitor.axis.geometry import auroc
 from monitor.detect.baseline import DetectorConfig
@@ -21,13 +24,26 @@ from monitor.detect.fit import unreachable
 from monitor.errors import ConfigurationError, EventError
 from monitor.events import Projection, Severity
 
-__all__ = ["BUDGETS", "Label", "Outcome", "Proposal", "Scores", "propose", "read_verdicts", "replay", "score"]
+__all__ = [
+    "BUDGETS",
+    "Label",
+    "Outcome",
+    "Proposal",
+    "Scores",
+    "compared",
+    "print_compared",
+    "propose",
+    "read_verdicts",
+    "replay",
+    "score",
+]
 
 BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 Verdict = Literal["healthy", "warning", "critical"]
 _DRIFTING = {"drifting", "true", "true alarm", "true_alarm", "yes", "1"}
 _HEALTHY = {"healthy", "false", "false alarm", "false_alarm", "no", "0"}
 _UNSURE = {"unsure", "unknown", ""}
+_LISTED = 1000  # disagreements by name, in the report
 _ORDER: dict[Severity, int] = {"info": 0, "warning": 1, "critical": 2}
 
 
@@ -248,3 +264,90 @@ def propose(outcomes: Mapping[str, Outcome], labels: Mapping[str, Label | None])
     enough = 0.9 * max((detection for _, _, detection in rows), default=0.0)
     first = next((budget for budget, _, detection in rows if detection >= enough and detection > 0), None)
     return [Proposal(budget, factor, detection, budget == first) for budget, factor, detection in rows]
+
+
+def compared(
+    outcomes: Mapping[str, Mapping[str, Outcome]],
+    configs: Mapping[str, DetectorConfig],
+    labels: Mapping[str, Label | None] | None = None,
+) -> dict[str, Any]:
+    """Configurations side by side, for people and for scripts.
+
+    Args:
+        outcomes, configs: by the configuration's name.
+        labels: people's verdicts, where there are any.
+    """
+    found: dict[str, Any] = {"configs": {}, "disagreements": {}}
+    for name, rows in outcomes.items():
+        verdicts = Counter(row.verdict if row.responses else "unjudged" for row in rows.values())
+        entry: dict[str, Any] = {
+            "config_id": configs[name].config_id,
+            "conversations": len(rows),
+            "responses": sum(row.responses for row in rows.values()),
+            "verdicts": dict(sorted(verdicts.items())),
+            "kinds": dict(sorted(Counter(kind for row in rows.values() for kind in row.kinds).items())),
+        }
+        if labels is not None:
+            entry["scores"] = score(rows, labels)._asdict()
+            entry["proposals"] = [proposal._asdict() for proposal in propose(rows, labels)]
+        found["configs"][name] = entry
+    for one, other in itertools.combinations(outcomes, 2):
+        warned = [{id for id, row in outcomes[name].items() if row.first_turn is not None} for name in (one, other)]
+        found["disagreements"][f"{one} | {other}"] = {
+            "both": len(warned[0] & warned[1]),
+            "first_only": sorted(warned[0] - warned[1])[:_LISTED],
+            "second_only": sorted(warned[1] - warned[0])[:_LISTED],
+            "first_only_count": len(warned[0] - warned[1]),
+            "second_only_count": len(warned[1] - warned[0]),
+        }
+    return found
+
+
+def print_compared(report: Mapping[str, Any], console: Console) -> None:
+    """The report on a terminal."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for name, row in report["configs"].items():
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in row["verdicts"].items())
+        say(f"{name} (config {row['config_id'][:12]}): {row['conversations']} conversations: {verdicts or 'none'}")
+        if row["kinds"]:
+            say("  " + ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items()))
+        if scores := row.get("scores"):
+            _print_scores(scores, say)
+            for proposal in row["proposals"]:
+                mark = "  <- proposed" if proposal["proposed"] else ""
+                say(
+                    f"    budget {proposal['budget']:.1%}: boundaries x {proposal['factor']:.2f}, detects "
+                    f"{proposal['detection']:.0%}{mark}"
+                )
+            if not row["proposals"]:
+                say("    too few conversations are labelled healthy to propose a budget")
+    for pair, row in report["disagreements"].items():
+        say(
+            f"{pair}: both warn in {row['both']}, only the first in {row['first_only_count']}, only the second in "
+            f"{row['second_only_count']}"
+        )
+        for which in ("first_only", "second_only"):
+            if row[which]:
+                say(f"  {which.replace('_', ' ')}: {', '.join(row[which][:10])}")
+
+
+def _print_scores(scores: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    for count, of, interval, what in (
+        ("detected", "drifting", "detection_interval", "of the drifting ones warned"),
+        ("false_alarms", "healthy", "false_alarm_interval", "of the healthy ones warned (false alarms)"),
+    ):
+        if scores[of]:
+            low, high = scores[interval]
+            say(f"  {scores[count]} of {scores[of]} {what}: {scores[count] / scores[of]:.1%} [{low:.1%}, {high:.1%}]")
+    if scores["auroc"] is not None:
+        say(f"  AUROC {scores['auroc']:.3f}")
+    if scores["delay"]:
+        say(
+            f"  delay: median {np.median(scores['delay']):+.0f} turns, 90th percentile "
+            f"{np.percentile(scores['delay'], 90):+.0f}"
+        )
+    if scores["unlabelled"]:
+        say(f"  {scores['unlabelled']} conversations without a verdict")

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
+from rich.console import Console
 
 from monitor.detect.baseline import DetectorConfig, fit_baseline, without_promise
-from monitor.detect.budget import fewest
+from monitor.detect.budget import expected_load, fewest
 from monitor.detect.fit import calibrate
 from monitor.errors import ConfigurationError
 from monitor.events import Projection
 
-__all__ = ["Calibrated", "Talk", "calibrate_deployments", "units"]
+__all__ = ["Calibrated", "Talk", "calibrate_deployments", "print_calibrated", "report_of", "units"]
 
 # A quarter fits the mean and the spread, the rest the boundary: neither may see the other's conversations.
 BASELINE_SHARE = 4
@@ -124,6 +125,89 @@ def calibrate_deployments(
             own_boundaries={**config.own_boundaries, deployment: boundaries},
         )
     return Calibrated(config, refused, left_out)
+
+
+def report_of(
+    found: Calibrated, *, traffic: float, prevalence: float, detection: float | None = None
+) -> dict[str, Any]:
+    """What a calibration came to, for people and for scripts.
+
+    Args:
+        traffic: conversations a day.
+        prevalence: share of them that drift.
+        detection: share of drifting conversations that warn, as the bundle's makers measured it; None where unknown.
+    """
+    deployments = {}
+    for name, own in sorted(found.config.own_boundaries.items()):
+        baseline = found.config.baselines[name]
+        load = None
+        if own.certification == "certified" and own.budget is not None and detection is not None:
+            load = expected_load(
+                own.budget, detection=detection, conversations_per_day=traffic, prevalence=prevalence
+            )._asdict()
+        deployments[name] = {
+            "certification": own.certification,
+            "budget": own.budget,
+            "probability_within": own.probability_within,
+            "calibration_conversations": own.conversations,
+            "block_turns": own.block_turns,
+            "critical_certification": own.critical_certification,
+            "critical_budget": own.critical_budget,
+            "critical_factor": own.critical_factor,
+            "boundaries": {key: getattr(own, key) for key in ("level", "drop", "cusum", "dip")},
+            "baseline": {
+                "mean": baseline.mean,
+                "standard_deviation": baseline.standard_deviation,
+                "conversations": baseline.conversations,
+            },
+            "expected_per_day": load,
+        }
+    return {
+        "config_id": found.config.config_id,
+        "axis_id": found.config.axis_id,
+        "deployments": deployments,
+        "refused": {name: {"problem": why.problem, "cure": why.cure} for name, why in sorted(found.refused.items())},
+        "left_out_as_repeated_users": found.repeated,
+        "assumed": {"conversations_per_day": traffic, "prevalence": prevalence, "detection": detection},
+    }
+
+
+def print_calibrated(report: Mapping[str, Any], console: Console) -> None:
+    """The report on a terminal."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    assumed = report["assumed"]
+    for name, own in report["deployments"].items():
+        say(f"{name}: {own['certification'].upper()}")
+        if own["certification"] == "certified":
+            say(
+                f"  At most {own['budget']:.2%} of healthy conversations may warn, counted in blocks of "
+                f"{own['block_turns']} replies; calibrated on {own['calibration_conversations']} conversations.\n"
+                f"  On average over calibrations that holds; for this one, P(realised share <= budget) = "
+                f"{own['probability_within']:.2f}."
+            )
+        else:
+            say("  Too few for the budget: the parent's boundaries on its own baseline. Nothing is promised.")
+        critical = (
+            f"at most {own['critical_budget']:.2%}, certified"
+            if own["critical_certification"] == "certified"
+            else f"{own['critical_factor']:.2f} times the warning boundary, uncertified"
+        )
+        say(f"  Critical: {critical}.")
+        if load := own["expected_per_day"]:
+            say(
+                f"  At {assumed['conversations_per_day']:,} conversations a day, {assumed['prevalence']:.2%} drifting: "
+                f"{load['false_alarms']:.0f} false and {load['true_alarms']:.0f} true warnings a day, precision "
+                f"{load['precision']:.0%} (detection {assumed['detection']:.0%}, as measured on development scripts)."
+            )
+    for name, why in report["refused"].items():
+        say(f"{name}: REFUSED\n  {why['problem']}\n  cure: {why['cure']}")
+    if not report["deployments"] and not report["refused"]:
+        say("No conversation could be measured: nothing is calibrated.")
+    if report["left_out_as_repeated_users"]:
+        say(f"{report['left_out_as_repeated_users']} conversations left out: their user has another one already.")
 
 
 def _enough(count: int, cut: int, budget: float, confidence: float | None) -> None:
