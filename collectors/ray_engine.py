@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 _END = b""  # in place of a piece: the file has no more
 # CPUs that a worker and a reading task are booked for: so there can be as many workers as CPUs, and room to read.
 WORKING, READING = 0.9, 0.1
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 def spread(
@@ -120,7 +121,7 @@ def _read(ray: Any, files: Sequence[str], pieces: Callable[[str], Iterator[Any]]
 
     # Other resources than the workers ask for: else Ray would run reading and working in one actor, and one file would
     # keep one actor busy and no other.
-    return ray.data.read_datasource(Pieces(), override_num_blocks=len(files), ray_remote_args={"num_cpus": READING})
+    return ray.data.read_datasource(Pieces(), override_num_blocks=len(files), num_cpus=READING)
 
 
 def _or_failure(pieces: Iterator[Any]) -> Iterator[Any]:
@@ -172,7 +173,8 @@ def _running(ray: Any, actors: int) -> Iterator[None]:
         with _quiet(ray):
             yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
