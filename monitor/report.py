@@ -221,9 +221,10 @@ def plain(text: object, longest: int | None = LONGEST_NAME, *, lines: bool = Fal
     if longest is not None and len(shown) > longest:
         half = (longest - 1) // 2
         shown = f"{shown[:half]}…{shown[-half:]}"
+    allowed = "\n\t\u200c\u200d" if lines else ""  # those two join letters of some scripts, and emoji
     return "".join(
         letter
-        if (lines and letter in "\n\t") or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        if letter.isprintable() or unicodedata.category(letter) == "Zs" or letter in allowed
         else f"\\u{{{ord(letter):x}}}"
         for letter in shown
     )
