@@ -210,7 +210,8 @@ def trajectory_of(
         wide = max(1.0, min(26.0, 1.5 * half))
         bars.append((round(across(i) - wide / 2, 1), y, round(wide, 1), round(max(0.0, floor - y), 1), sort))
     step = next(step for step in (1, 2, 4, 8) if (high - low) / step <= 7)
-    ticks = [value for value in range(math.ceil(low), math.floor(high) + 1) if value % step == 0]
+    # The uppermost label would lie on the axis's name.
+    ticks = [v for v in range(math.ceil(low), math.floor(high) + 1) if v % step == 0 and down(v) > top + 15.0]
     every = max(1, math.ceil(len(shown) / 12))
     return Trajectory(
         width=width,
@@ -232,7 +233,8 @@ def trajectory_of(
         band=(down(1.0), down(-1.0)),
         warning=down(-level_boundary),
         critical=down(-level_boundary * critical_factor),
-        risk_lines=[(rise(1.0), "1")] + ([(rise(critical_factor), "")] if critical_factor < highest else []),
+        risk_lines=[(rise(1.0), "1" if rise(1.0) > ceiling + 13.0 else "")]
+        + ([(rise(critical_factor), "")] if critical_factor < highest else []),
     )
 
 
