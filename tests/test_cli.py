@@ -31,6 +31,7 @@ COMMANDS = [
     [],
     ["demo"],
     ["worker"],
+    ["audit"],
     ["axis"],
     *(["axis", name] for name in ("build", "calibrate", "show", "check", "import")),
 ]
