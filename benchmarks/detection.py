@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.baselines import Answer, bag_of_words, river_detectors, textbook
-from collectors.calibrate import by_kind, read_conversations, talks_of
+from collectors.calibrate import by_kind, read_conversations, script_id, talks_of
 from collectors.logs import Logged
 from collectors.shards import score_logs
 from collectors.traffic import DRIFTING, HEALTHY, Script, load_scripts
@@ -48,7 +48,7 @@ Talks = dict[str, list[Projection]]
 
 
 class Split(NamedTuple):
-    """One split, measured."""
+    """One split, measured; everything by conversation id."""
 
     scripts: dict[str, Script]
     talks: Talks
@@ -141,6 +141,7 @@ def _scored(model: str, name: str, work: Path, bundle: Bundle, file: str, script
         one.origin.conversation_id: [message["content"] for message in one.messages if message["role"] == "user"]
         for one in said
     }
+    scripts = {id: scripts[script_id(id, scripts)] for id in asked}
     return Split(scripts, {talk[0].conversation_id: talk for talk in talks_of(projections)}, asked)
 
 
@@ -189,7 +190,7 @@ def _answers(
 
     words = bag_of_words(
         test.asked,
-        develop.asked,
+        {id: turns for id, turns in develop.asked.items() if id == develop.scripts[id].id},
         calibration.asked,
         pulls,
         lambda id: develop.scripts[id].family,

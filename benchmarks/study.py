@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.detection import CREATIVE, HERE, PAGE, write_blocks
-from collectors.calibrate import read_conversations
+from collectors.calibrate import read_conversations, script_id
 from collectors.models import load_model
 from collectors.traffic import DRIFTING, HEALTHY, load_scripts
 from collectors.traits import DRIFTED, SHRINKAGE, STEADFAST, Labels, label_of, read_labels, weights_of
@@ -57,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = read_labels(HERE / "develop_labels.csv")
     scripts = load_scripts("develop")
     said = read_conversations(HERE / "develop.jsonl.gz", scripts, bundle.info.model.name)
-    kinds = {script.id: script.kind for script in scripts}
-    families = {script.id: script.family for script in scripts}
+    of = {script.id: script for script in scripts}
+    played = {one.origin.conversation_id: of[script_id(one.origin.conversation_id, of)] for one in said}
+    kinds = {id: script.kind for id, script in played.items()}
+    families = {id: script.family for id, script in played.items()}
 
     def measured(layer: int) -> Develop:
         replies: list[Residual] = []

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from collectors.logs import Logged, read_log
 from collectors.models import LoadedModel
 from collectors.traffic import DRIFTING, HEALTHY, Script, play
-from collectors.traits import Labels, learn_traits
+from collectors.traits import Labels, held_out_values, learn_traits
 from collectors.witness import Witness
 from monitor.axis.bundle import Bundle, with_calibration
+from monitor.detect.baseline import fit_baseline, moved
 from monitor.detect.configure import calibration_record
 from monitor.detect.fit import calibrate, conversation_peaks, unreachable
 from monitor.errors import CatalogueError, ConfigurationError
@@ -32,6 +33,8 @@ __all__ = [
     "learn_and_calibrate",
     "played",
     "read_conversations",
+    "script_id",
+    "talks_of",
     "write_conversations",
     "write_traffic",
 ]
@@ -47,69 +50,70 @@ def played(
     loaded: LoadedModel,
     scripts: Sequence[Script],
     *,
+    samples: int = 1,
     tokens: int = 48,
     batch_size: int = 40,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, list[dict[str, str]]]:
-    """Play every script once, unwatched; the messages by script id. Scripts of one length go together."""
+    """Play every script, unwatched, `samples` times; scripts of one length go together.
+
+    Returns:
+        Messages by conversation id: the script's id, then `<script id>.1`, `<script id>.2`, …
+    """
     ordered = sorted(scripts, key=lambda script: (len(script.turns), script.id))
-    total, done = sum(len(script.turns) for script in ordered), 0
+    total, done = samples * sum(len(script.turns) for script in ordered), 0
     said: dict[str, list[dict[str, str]]] = {}
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        talks = [(script.id, script) for script in batch]
-        said |= play(loaded, None, talks, tokens=tokens, batch_size=batch_size, seed=seed + start)
-        done += sum(len(script.turns) for script in batch)
-        progress(done, total)
-    return {script.id: said[script.id] for script in scripts}
+    for sample in range(samples):
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            talks = [(script.id if sample == 0 else f"{script.id}.{sample}", script) for script in batch]
+            drawn = seed + start + 1000 * sample
+            said |= play(loaded, None, talks, tokens=tokens, batch_size=batch_size, seed=drawn)
+            done += sum(len(script.turns) for script in batch)
+            progress(done, total)
+    return said
 
 
 def write_conversations(
     path: Path, scripts: Sequence[Script], said: Mapping[str, list[dict[str, str]]], model: str
 ) -> None:
     """Keep played conversations as gzipped JSON lines that an audit can read; equal ones give equal bytes."""
-    lines = [
-        json.dumps(
-            {
-                "id": script.id,
-                "model": model,
-                "kind": script.kind,
-                "family": script.family,
-                "messages": said[script.id],
-            },
-            ensure_ascii=False,
-        )
-        for script in scripts
-    ]
+    of = {script.id: script for script in scripts}
+    lines = []
+    for id, messages in said.items():
+        script = of[script_id(id, of)]
+        row = {"id": id, "model": model, "kind": script.kind, "family": script.family, "messages": messages}
+        lines.append(json.dumps(row, ensure_ascii=False))
     path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
 
 
+def script_id(conversation_id: str, known: Container[str]) -> str:
+    """The script that a conversation played: its own id, or that without the number of the sample."""
+    return conversation_id if conversation_id in known else conversation_id.rpartition(".")[0]
+
+
 def read_conversations(path: Path, scripts: Sequence[Script], deployment: str) -> list[Logged]:
-    """Played conversations, which must be exactly these scripts', in their order.
+    """Played conversations, in the file's order; each script must be there, and its user say exactly what it says.
 
     Raises:
         CatalogueError: a conversation is missing, can't be read, or its user says something else.
     """
-    read = {
-        item.origin.conversation_id: item
-        for item in read_log(str(path), deployment=deployment)
-        if not isinstance(item, Skipped)
+    of = {script.id: script for script in scripts}
+    read = [item for item in read_log(str(path), deployment=deployment) if not isinstance(item, Skipped)]
+    names = [script_id(item.origin.conversation_id, of) for item in read]
+    wrong = {
+        item.origin.conversation_id
+        for item, name in zip(read, names, strict=True)
+        if name not in of or of[name].turns != tuple(m["content"] for m in item.messages if m["role"] == "user")
     }
-    wrong = [
-        script.id
-        for script in scripts
-        if script.id not in read
-        or script.turns
-        != tuple(message["content"] for message in read[script.id].messages if message["role"] == "user")
-    ]
-    if wrong:
+    if amiss := sorted(wrong | of.keys() - set(names)):
         raise CatalogueError(
-            f"{path} does not hold these scripts as they are: {', '.join(wrong[:5])}"
-            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            f"{path} does not hold these scripts as they are: {', '.join(amiss[:5])}"
+            + (f" and {len(amiss) - 5} more" if len(amiss) > 5 else ""),
             cure="play the scripts again, into an empty folder",
         )
-    return [read[script.id] for script in scripts]
+    return read
 
 
 def learn_and_calibrate(
@@ -117,7 +121,7 @@ def learn_and_calibrate(
     bundle: Bundle,
     develop: Sequence[Logged],
     calibration: Sequence[Logged],
-    kinds: Mapping[str, str],
+    scripts: Sequence[Script],
     labels: Labels,
     *,
     budget: float = 0.01,
@@ -127,7 +131,7 @@ def learn_and_calibrate(
     """Traits and readout from `develop`, baseline from its healthy conversations, boundaries from `calibration`.
 
     Args:
-        kinds: kind of conversation by conversation id.
+        scripts: those of `develop`.
         labels: see `learn_traits`; may be empty.
 
     Returns:
@@ -141,13 +145,24 @@ def learn_and_calibrate(
     for start in range(0, len(develop), CHUNK):
         residuals += reader.residuals(develop[start : start + CHUNK])
         progress("learning the traits", min(start + CHUNK, len(develop)), len(develop))
+    of = {script.id: script for script in scripts}
+    names = {one.origin.conversation_id: script_id(one.origin.conversation_id, of) for one in develop}
+    kinds = {id: of[name].kind for id, name in names.items()}
     learned = learn_traits(bundle, residuals, kinds, labels)
+    # Where it was learned, it flatters itself; what is healthy it must learn from families that it did not see.
+    families = {id: of[name].family or name for id, name in names.items()}
+    unseen = held_out_values(residuals, kinds, families, labels)
     # Scored anew: the lowest window of a response is found by the readout.
     reader = Witness(loaded, learned)
     seen = _scored(reader, develop, "measuring develop", progress)
     healthy = _scored(reader, calibration, "measuring calibrate", progress)
     calibrated = calibrate_bundle(
-        learned, by_kind(seen, kinds), talks_of(healthy), budget=budget, critical_budget=critical_budget
+        learned,
+        by_kind(seen, kinds),
+        talks_of(healthy),
+        budget=budget,
+        critical_budget=critical_budget,
+        unseen=[unseen[talk] for talk in unseen if kinds[talk] in HEALTHY],
     )
     return calibrated, seen
 
@@ -159,6 +174,7 @@ def calibrate_bundle(
     *,
     budget: float = 0.01,
     critical_budget: float | None = None,
+    unseen: Sequence[Sequence[float]] | None = None,
 ) -> Bundle:
     """Put baseline and boundaries for the bundle's readout into it; its id changes.
 
@@ -169,6 +185,8 @@ def calibrate_bundle(
         develop: conversations by kind; the healthy ones give the baseline and the boundaries' shape.
         calibration: healthy conversations that were used for nothing else.
         budget, critical_budget: shares of healthy conversations that may warn, and become critical.
+        unseen: readouts of healthy conversations by a readout that had not learned from them; where the bundle's has
+            learned from `develop`, the baseline is moved to them.
 
     Raises:
         ConfigurationError: the bundle has no readout; or as `monitor.detect.fit.calibrate`.
@@ -178,12 +196,16 @@ def calibrate_bundle(
     if not calibration:
         raise ConfigurationError("there is no calibration conversation", cure="give healthy conversations")
     deployment = bundle.info.model.name
+    healthy = [talk for kind in HEALTHY for talk in develop.get(kind, [])]
+    axis_id = calibration[0][0].axis_id
+    baseline = fit_baseline(deployment, axis_id, healthy, bundle.info.readout)
     config = calibrate(
-        [talk for kind in HEALTHY for talk in develop.get(kind, [])],
+        healthy,
         calibration,
         deployment=deployment,
-        axis_id=calibration[0][0].axis_id,
+        axis_id=axis_id,
         readout=bundle.info.readout,
+        baseline=moved(baseline, unseen) if unseen else baseline,
         budget=budget,
         critical_budget=critical_budget,
     )

@@ -49,6 +49,7 @@ Turn = TypeVar("Turn")
 SHRINKAGE = 0.9
 # Replies that kept to the Assistant under pressure, beside those that nobody pulled at.
 STEADFAST = 0.15
+FOLDS = 5
 # More replies of one kind than this make it no heavier.
 LARGEST_GROUP = 60
 
@@ -76,6 +77,30 @@ def learn_traits(bundle: Bundle, residuals: Sequence[Residual], kinds: Mapping[s
         prompt={f"trait:{PROMPT}": float(f"{np.linalg.norm(prompt):.6g}")},
     )
     return with_traits(bundle, {REPLY: reply, PROMPT: prompt}, readout)
+
+
+def held_out_values(
+    residuals: Sequence[Residual], kinds: Mapping[str, str], families: Mapping[str, str], labels: Labels
+) -> dict[str, list[float]]:
+    """What a readout gives each reply that learned nothing from its topic family, five folds; by conversation.
+
+    Raises:
+        ConfigurationError: a side is empty in a fold.
+    """
+    rows = [np.concatenate([one.reply, one.prompt]) for one in residuals]
+    known = [(kinds[one.conversation_id], label_of(one, kinds, labels)) for one in residuals]
+    names = sorted(set(families.values()))
+    np.random.default_rng(0).shuffle(names)
+    fold_of = {name: place % FOLDS for place, name in enumerate(names)}
+    folds = [fold_of[families[one.conversation_id]] for one in residuals]
+    values: dict[str, list[float]] = {}
+    weights = {}
+    for fold in set(folds):
+        train = [i for i, other in enumerate(folds) if other != fold]
+        weights[fold] = weights_of([rows[i] for i in train], [known[i] for i in train])
+    for one, row, fold in zip(residuals, rows, folds, strict=True):
+        values.setdefault(one.conversation_id, []).append(float(row @ weights[fold]))
+    return values
 
 
 def label_of(residual: Residual, kinds: Mapping[str, str], labels: Labels) -> int | None:

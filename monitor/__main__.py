@@ -511,6 +511,7 @@ def axis_calibrate(
     critical_budget: Annotated[
         float | None, typer.Option(help="Share that may become critical. [default: no budget of its own]")
     ] = None,
+    samples: Annotated[int, typer.Option(help="Times that each develop script is played.")] = 3,
     tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 48,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
     dtype: Dtype = "float32",
@@ -540,7 +541,7 @@ def axis_calibrate(
     splits = {name: load_scripts(name) for name in ("develop", "calibrate")}
     loaded = load_model(model, dtype=dtype)
     # What was said belongs to these weights and this way of playing, and to no other.
-    kept = conversations or out / f"conversations-{loaded.facts.weights_sha256[:12]}-{tokens}-{seed}"
+    kept = conversations or out / f"conversations-{loaded.facts.weights_sha256[:12]}-{samples}-{tokens}-{seed}"
     with _progress() as bar:
         tasks: dict[str, Any] = {}
 
@@ -554,7 +555,12 @@ def axis_calibrate(
             if conversations is None and not file.exists():
                 kept.mkdir(parents=True, exist_ok=True)
                 said = played(
-                    loaded, scripts, tokens=tokens, seed=seed, progress=functools.partial(advance, f"playing {name}")
+                    loaded,
+                    scripts,
+                    samples=samples if name == "develop" else 1,  # the boundary counts each script once
+                    tokens=tokens,
+                    seed=seed,
+                    progress=functools.partial(advance, f"playing {name}"),
                 )
                 write_conversations(file, scripts, said, axis.info.model.name)
         develop, calibration = (
@@ -566,7 +572,7 @@ def axis_calibrate(
             axis,
             develop,
             calibration,
-            {script.id: script.kind for script in splits["develop"]},
+            splits["develop"],
             known,
             budget=budget,
             critical_budget=critical_budget,

@@ -64,5 +64,5 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, loaded: Any, built: Bui
     develop = read_conversations(folder / "said.jsonl.gz", scripts, built.bundle.info.model.name)
     kinds = {script.id: script.kind for script in scripts}
     healthy = [one for one in develop if kinds[one.origin.conversation_id] in HEALTHY]
-    bundle, _ = learn_and_calibrate(loaded, built.bundle, develop, healthy, kinds, {}, budget=0.1)
+    bundle, _ = learn_and_calibrate(loaded, built.bundle, develop, healthy, scripts, {}, budget=0.1)
     return save_bundle(bundle, folder / "bundle", built.responses)

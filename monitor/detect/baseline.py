@@ -28,6 +28,7 @@ __all__ = [
     "PersonaSpace",
     "Readout",
     "fit_baseline",
+    "moved",
     "robust_baseline",
     "without_promise",
 ]
@@ -151,6 +152,26 @@ def robust_baseline(deployment: str, axis_id: str, conversations: Sequence[Seque
         window_standard_deviation=window_deviation,
         conversations=len(conversations),
         responses=sum(map(len, conversations)),
+    )
+
+
+def moved(baseline: Baseline, unseen: Sequence[Sequence[float]]) -> Baseline:
+    """A baseline on readouts of conversations that the readout had not learned from.
+
+    A readout with many weights gives the conversations that it learned from less spread than others, and a flattering
+    mean. The lowest windows are moved and stretched with their responses.
+
+    Args:
+        unseen: readouts by conversation; each conversation weighs the same.
+    """
+    mean, deviation = _moments(unseen)
+    stretch = deviation / baseline.standard_deviation
+    return replace(
+        baseline,
+        mean=mean,
+        standard_deviation=deviation,
+        window_mean=mean + stretch * (baseline.window_mean - baseline.mean),
+        window_standard_deviation=stretch * baseline.window_standard_deviation,
     )
 
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from monitor.axis.readout import Readout
-from monitor.detect.baseline import Boundaries, DetectorConfig, fit_baseline
+from monitor.detect.baseline import Baseline, Boundaries, DetectorConfig, fit_baseline
 from monitor.detect.budget import fewest, limit
 from monitor.detect.conversation import ConversationState, step
 from monitor.errors import ConfigurationError
@@ -124,6 +124,7 @@ def calibrate(
     critical_budget: float | None = None,
     confidence: float | None = None,
     shape: Boundaries | None = None,
+    baseline: Baseline | None = None,
     critical_factor: float = 1.5,
     ewma_weight: float = 0.4,
     cusum_slack: float = 0.5,
@@ -141,6 +142,7 @@ def calibrate(
         critical_budget: the same for critical; where it can't be certified, critical begins at `critical_factor` times
             the warning boundary, uncertified.
         confidence: see `budget.limit`.
+        baseline: take this one, instead of fitting it on the development conversations.
         shape: take the proportions of the four boundaries from these, instead of from the development conversations.
 
     Raises:
@@ -150,7 +152,7 @@ def calibrate(
     config = DetectorConfig(
         axis_id=axis_id,
         readout=readout,
-        baselines={deployment: fit_baseline(deployment, axis_id, development, readout)},
+        baselines={deployment: baseline or fit_baseline(deployment, axis_id, development, readout)},
         boundaries=_OUT_OF_REACH,
         ewma_weight=ewma_weight,
         cusum_slack=cusum_slack,
