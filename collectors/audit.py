@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from monitor.auditor import SHARDS, Audited, Sources, run_audit
+from monitor.auditor import SHARDS, WRITTEN, Audited, Sources, run_audit
 from monitor.axis.bundle import load_bundle, resolve_bundle
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import ConfigurationError
@@ -70,8 +70,11 @@ def audit(choices: Choices, tell: Tell) -> Audited:
     if choices.form == "parquet":
         parquet()
     bundle = load_bundle(resolve_bundle(choices.bundle))
-    judged_by = populations(bundle, _calibration(choices.calibration))
-    places = choices.paths or ((load_settings().log_url,) if choices.events else ())
+    # Recorded responses are judged as this installation's worker judges them, by its settings.
+    live = load_settings() if choices.events else None
+    constants = {"session_gap_seconds": live.session_gap_seconds} if live else {}
+    judged_by = populations(bundle, _calibration(choices.calibration), **constants)
+    places = choices.paths or ((live.log_url,) if live else ())
     sources = _recorded(places, tell) if choices.events else _logged(choices, tell)
     settings = {
         "format": choices.form,
@@ -176,7 +179,11 @@ def _logged(choices: Choices, tell: Tell) -> Sources:
     from collectors.shards import score_logs
     from collectors.witness import load_witness
 
-    files = log_files(choices.paths)
+    # An audit that was written among the logs is no log.
+    own = {(choices.out / name).resolve() for name in WRITTEN}
+    files = [file for file in log_files(choices.paths) if file == "-" or Path(file).resolve() not in own]
+    if not files:
+        raise ConfigurationError("there are no logs but an audit's own files", cure="check the paths")
     make = functools.partial(
         load_witness,
         choices.model,

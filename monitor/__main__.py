@@ -167,7 +167,7 @@ def audit(
     ] = False,
     fail_on: Annotated[
         Literal["warning", "critical"] | None,
-        typer.Option(help="Exit 1 if a conversation comes to this or worse."),
+        typer.Option(help="Exit 1 if a conversation comes to this or worse, or if none could be judged."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -210,7 +210,8 @@ def audit(
     else:
         print_summary(summary, provenance, Console(), problems)
     worst = {"warning": ("warning", "critical"), "critical": ("critical",), None: ()}[fail_on]
-    if any(summary.verdicts[verdict] for verdict in worst):
+    judged = summary.conversations - summary.verdicts["unscored"]
+    if any(summary.verdicts[verdict] for verdict in worst) or (fail_on and not judged):  # nothing judged passes no gate
         raise typer.Exit(1)
 
 

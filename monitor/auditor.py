@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from msgspec.structs import replace
 
@@ -17,12 +17,14 @@ from monitor.axis.bundle import Bundle
 from monitor.populations import Populations
 from monitor.recorded import Recorded
 from monitor.report import Exchange, Provenance, html_report, persona_plane, summary_json
-from monitor.tables import Format, Row, Tables, writable
+from monitor.tables import COLUMNS, Format, Row, Tables, writable
 
-__all__ = ["REPORT", "SUMMARY", "Audited", "Sources", "run_audit"]
+__all__ = ["REPORT", "SHARDS", "SUMMARY", "WRITTEN", "Audited", "Sources", "run_audit"]
 
 REPORT, SUMMARY = "report.html", "summary.json"
 SHARDS = ".shards"
+# Every name that an audit may give to a file.
+WRITTEN = (*(f"{table}.{form}" for table in COLUMNS for form in get_args(Format)), REPORT, SUMMARY)
 KEPT = f"What was scored is kept in {SHARDS} there, and is not scored again."
 ASSUMED = (
     "The baseline was taken from these logs themselves (--self): it assumes that most of their conversations are "
@@ -98,7 +100,7 @@ def run_audit(
             if texts is not None:
                 exchanges, unread = texts(drawn)
                 problems += unread
-            names = [*(f"{name}.{form}" for name in ("turns", "conversations", "skipped")), REPORT, SUMMARY]
+            names = [*(f"{name}.{form}" for name in COLUMNS), REPORT, SUMMARY]
             turns = tables.turns([row["conversation_id"] for row in drawn])
             page = html_report(
                 summary,

@@ -124,23 +124,25 @@ class Populations:
         return Population(deployment, basis, config, baseline.deployment if basis == "parent" else None)
 
 
-def populations(bundle: Bundle, calibration: DetectorConfig | None = None) -> Populations:
+def populations(bundle: Bundle, calibration: DetectorConfig | None = None, **constants: float) -> Populations:
     """How an audit with this bundle judges.
 
     Args:
         calibration: deployments calibrated by the auditor, in place of the bundle's own calibration.
+        constants: detector constants that replace the calibration's, as a worker's settings do.
 
     Raises:
         ConfigurationError: the bundle is not calibrated and no calibration is given, or it is for another axis.
     """
     if calibration is None:
-        shipped = detector_config(bundle)
+        shipped = detector_config(bundle, **constants)
         return Populations(shipped, _parent(shipped))
     if calibration.axis_id != bundle.id:
         raise ConfigurationError(
             f"the calibration is for axis {calibration.axis_id:.16}, but this is bundle {bundle.id:.16}",
             cure="give --bundle the bundle that it was made with, or calibrate again",
         )
+    calibration = replace(calibration, **constants)  # type: ignore[arg-type]
     if bundle.info.calibration is None:
         return Populations(calibration, None)
     shipped = detector_config(bundle)

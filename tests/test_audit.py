@@ -593,6 +593,16 @@ def test_a_calibration_of_another_axis_is_refused() -> None:
     assert populations(bundle, other).of("someone else").basis == "learning", "a baseline needs its own readout"
 
 
+def test_constants_replace_those_of_whatever_calibration() -> None:
+    bundle, config = shipped()
+    assert config.config_id
+    for given_one in (None, config):
+        pops = populations(bundle, given_one, session_gap_seconds=45.0)
+        assert pops.config == replace(config, session_gap_seconds=45.0)
+        assert pops.of("someone else").config.session_gap_seconds == 45.0
+        assert len({config.config_id, pops.config.config_id, pops.of("someone else").config.config_id}) == 3
+
+
 def test_many_deployments_do_not_fill_the_memory(tmp_path: Path) -> None:
     config = certified_config()
     pops = Populations(config, (config.baselines["shop"], config.boundaries))
@@ -789,6 +799,50 @@ def test_the_default_topic_is_the_settings_log(tmp_path: Path) -> None:
     log.close()
     done = anchorwatch("--events", "--out", tmp_path / "out", "--json", ANCHORWATCH_DATA_DIR=str(tmp_path))
     assert done.returncode == 0 and json.loads(done.stdout)["scored_turns"] == 2, done.stderr
+
+
+def test_the_worker_and_the_audit_of_one_installation_agree(tmp_path: Path) -> None:
+    _, config = shipped()
+    settings = {"ANCHORWATCH_DATA_DIR": str(tmp_path), "ANCHORWATCH_SESSION_GAP_SECONDS": "45"}
+    log = EmbeddedLog(tmp_path / "log.db")
+    chance = random.Random(2)
+    talks = [events_at(config, f"c{n}", [chance.gauss(-0.5 * turn, 1) for turn in range(8)]) for n in range(10)]
+    # Every other conversation pauses for longer than the gap.
+    late = [replace(event, time="2026-01-01T01:00:00Z") if event.turn == 5 else event for event in talks[1]]
+    mixed = [event for turn in zip(*talks[2:], late, strict=True) for event in turn]
+    log.append(PROJECTIONS, [message(event) for event in mixed])
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "monitor", "worker"], env=environment(**settings), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    store = SqliteStore(tmp_path / "store.db")
+    while (position := store.position(PROJECTIONS, 0)) is None or position.offset < len(mixed):
+        assert worker.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    worker.terminate()
+    assert worker.wait(timeout=60) == 0
+    done = anchorwatch("--events", "--out", tmp_path / "out", "--json", "--format", "jsonl", **settings)
+    assert done.returncode == 0, done.stderr
+    told = store.findings(1000)[::-1]
+    found = [one["id"] for row in rows(tmp_path / "out", "turns") for one in row["findings"]]
+    assert found == [finding.id for finding in told] and len(found) > 10
+    assert {finding.config_id for finding in told} == {json.loads(done.stdout)["provenance"]["config_id"]}
+
+
+def test_nothing_judged_does_not_pass_a_gate(tmp_path: Path) -> None:
+    path = dump(tmp_path / "d.jsonl", [b"no"])
+    done = anchorwatch("--events", path, "--out", tmp_path / "out", "--fail-on", "critical")
+    assert done.returncode == 1 and "No conversation could be audited" in done.stdout
+
+
+def test_an_audit_written_among_the_logs_is_no_log(tmp_path: Path, model_folder: Path, calibrated: Path) -> None:
+    written_log(tmp_path / "log.jsonl", 2)
+    options = witness_options(model_folder, calibrated)
+    for _ in range(2):
+        done = anchorwatch(tmp_path, "--out", tmp_path, "--json", "--format", "jsonl", *options)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        assert said["conversations"] == 2 and said["skipped"] == 1
 
 
 @pytest.mark.parametrize(
