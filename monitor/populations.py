@@ -142,7 +142,7 @@ def populations(bundle: Bundle, calibration: DetectorConfig | None = None, **con
             f"the calibration is for axis {calibration.axis_id:.16}, but this is bundle {bundle.id:.16}",
             cure="give --bundle the bundle that it was made with, or calibrate again",
         )
-    calibration = replace(calibration, **constants)  # type: ignore[arg-type]
+    calibration = replace(calibration, **constants)
     if bundle.info.calibration is None:
         return Populations(calibration, None)
     shipped = detector_config(bundle)
