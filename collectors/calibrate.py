@@ -105,7 +105,8 @@ def read_conversations(path: Path, scripts: Sequence[Script], deployment: str) -
     wrong = {
         item.origin.conversation_id
         for item, name in zip(read, names, strict=True)
-        if name not in of or of[name].turns != tuple(m["content"] for m in item.messages if m["role"] == "user")
+        # Joined, since the reader joins what stands on both sides of an empty reply.
+        if name not in of or "\n\n".join(of[name].turns) != "\n\n".join(_asked(item))
     }
     if amiss := sorted(wrong | of.keys() - set(names)):
         raise CatalogueError(
@@ -242,6 +243,10 @@ def talks_of(projections: Sequence[Projection]) -> list[list[Projection]]:
 def write_traffic(path: Path, projections: Sequence[Projection]) -> None:
     """Keep projections as gzipped JSON lines; equal ones give equal bytes."""
     path.write_bytes(gzip.compress(b"".join(encode(projection) + b"\n" for projection in projections), mtime=0))
+
+
+def _asked(conversation: Logged) -> list[str]:
+    return [message["content"] for message in conversation.messages if message["role"] == "user"]
 
 
 def _scored(reader: Witness, conversations: Sequence[Logged], what: str, progress: Progress) -> list[Projection]:

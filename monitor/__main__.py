@@ -104,19 +104,24 @@ def demo(
 
 
 @app.command()
-def worker(bundle: BundleName = "smollm2") -> None:
+def worker(
+    bundle: BundleName = "smollm2",
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `anchorwatch calibrate` wrote. [default: the bundle's own calibration]")
+    ] = None,
+) -> None:
     """Fold projections from the log into the store until SIGTERM or Ctrl-C."""
+    from msgspec.structs import replace
     from prometheus_client import start_http_server
 
-    from monitor.axis.bundle import load_bundle, resolve_bundle
-    from monitor.detect.configure import detector_config
     from monitor.store import open_store
     from monitor.stream import open_log
     from monitor.worker import Worker, stop_on_signals
 
     settings = load_settings()
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    config = detector_config(load_bundle(resolve_bundle(bundle)), session_gap_seconds=settings.session_gap_seconds)
+    config = _detector(bundle if calibration is None else str(calibration))
+    config = replace(config, session_gap_seconds=settings.session_gap_seconds)
     stop = stop_on_signals()
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
@@ -350,11 +355,15 @@ def _detector(name: str) -> Any:
     from monitor.detect.configure import detector_config
 
     path = Path(name)
-    return (
-        DetectorConfig.from_json(path.read_bytes())
-        if path.is_file()
-        else detector_config(load_bundle(resolve_bundle(name)))
-    )
+    if path.is_file() or path.suffix == ".json":
+        try:
+            return DetectorConfig.from_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigurationError(
+                f"the calibration {path} can't be read: {error.strerror}",
+                cure="give the file of `anchorwatch calibrate`",
+            ) from error
+    return detector_config(load_bundle(resolve_bundle(name)))
 
 
 @contextmanager

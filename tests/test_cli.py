@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from collectors.publish import QueuePublisher
 from monitor.__main__ import app
 from monitor.axis.bundle import load_bundle, shipped_bundles
+from monitor.detect.baseline import DetectorConfig
 from monitor.detect.configure import detector_config
 from monitor.detect.conversation import ConversationState, step
 from monitor.events import Finding, Projection, Windows
@@ -233,17 +234,100 @@ def test_a_build_is_stopped_by_ctrl_c_goes_on_and_is_calibrated_and_checked(mode
     assert json.loads(done.stdout)["verdict"] == "ok"
 
     calibrate = ["axis", "calibrate", "--bundle", str(out), "--out", str(out), "--model", str(model_folder)]
-    done = run.invoke(app, [*calibrate, "--tokens", "4"])
+    calibrate += ["--tokens", "4", "--samples", "1"]
+    done = run.invoke(app, calibrate)
     assert done.exit_code == 0, done.output
     calibrated = load_bundle(out)
-    assert calibrated.info.readout is not None
-    assert detector_config(calibrated).boundaries.budget == 0.08
-    before = calibrated.id
-    done = run.invoke(app, calibrate)  # from the kept traffic: the model is not asked again
-    assert done.exit_code == 0 and load_bundle(out).id == before
+    boundaries = detector_config(calibrated).boundaries
+    assert (boundaries.budget, boundaries.certification, boundaries.conversations) == (0.01, "certified", 230)
+    assert {"trait:anchored_reply", "trait:anchored_prompt"} <= set(calibrated.directions()[0])
+    said_by_it = {path: path.stat().st_mtime_ns for path in out.glob("conversations-*/*.jsonl.gz")}
+    assert len(said_by_it) == 2
+    done = run.invoke(app, calibrate)  # from the kept conversations: the model is not asked again
+    assert done.exit_code == 0 and load_bundle(out).id == calibrated.id
+    assert {path: path.stat().st_mtime_ns for path in said_by_it} == said_by_it
 
     done = run.invoke(app, ["axis", "show", str(out), "--verify"])
     assert done.exit_code == 0, done.output
+
+
+# Calibrating a deployment, and backtests
+
+
+def logged(path: Path, conversations: int, *, users: int = 10**6, model: str = "bank") -> Path:
+    """Conversations as an operator has them; every reply is another one."""
+    lines = [
+        {
+            "id": f"c{i}",
+            "model": model,
+            "user_id": f"u{i % users}",
+            "messages": [
+                {"role": role, "content": f"{role} says number {i * 7 + turn}, and then some."}
+                for turn in range(2 + i % 3)
+                for role in ("user", "assistant")
+            ],
+        }
+        for i in range(conversations)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_deployment_is_calibrated_audited_and_backtested(
+    model_folder: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    own, log = tmp_path / "own.json", logged(tmp_path / "log.jsonl", 40)
+    with_model = ("--bundle", calibrated, "--model", model_folder)
+    done = anchorwatch("calibrate", log, "--out", own, "--budget", "0.05", *with_model, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["deployments"]["bank"]["certification"] == "certified"
+    assert said["deployments"]["bank"]["calibration_conversations"] == 30
+    config = DetectorConfig.from_json(own.read_bytes())
+    assert config.config_id == said["config_id"]
+
+    # The audit judges by it, and its folder is what a backtest reads.
+    audit = tmp_path / "audit"
+    done = anchorwatch("audit", log, "--out", audit, "--calibration", own, *with_model)
+    assert done.returncode == 0, done.stderr
+    verdicts = tmp_path / "verdicts.csv"
+    verdicts.write_text("conversation_id,label\n" + "".join(f"c{i},healthy\n" for i in range(40)))
+    done = anchorwatch(
+        *("backtest", audit, "--config", own, "--config", calibrated, "--verdicts", verdicts, "--json", *with_model)
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    mine, theirs = (report["configs"][str(name)] for name in (own, calibrated))
+    assert mine["config_id"] == config.config_id
+    assert mine["responses"] == sum(2 + i % 3 for i in range(40))
+    assert mine["scores"]["healthy"] == 40 and mine["scores"]["false_alarms"] <= 4
+    assert theirs["verdicts"] == {"unjudged": 40}  # the bundle's own calibration does not know this deployment
+    by_logs = anchorwatch(
+        *("backtest", log, "--logs", "--work", tmp_path / "work", "--config", own, "--json", *with_model)
+    )
+    assert json.loads(by_logs.stdout)["configs"][str(own)]["verdicts"] == mine["verdicts"]
+    for command in (["calibrate", log, "--out", tmp_path / "again.json", "--budget", "0.05"], ["backtest", audit]):
+        told = anchorwatch(*command, *(["--config", own] if "backtest" in command else []), *with_model)
+        assert (told.returncode == 0 and "bank" in told.stdout) or "conversations" in told.stdout, told.stderr
+
+
+def test_too_few_conversations_exit_1_and_write_nothing(model_folder: Path, calibrated: Path, tmp_path: Path) -> None:
+    log = logged(tmp_path / "log.jsonl", 60, users=12)
+    with_model = ("--bundle", calibrated, "--model", model_folder, "--work", tmp_path / "work")
+    done = anchorwatch("calibrate", log, "--out", tmp_path / "own.json", *with_model)
+    assert done.returncode == 1
+    assert "REFUSED" in done.stdout and "at least 132" in done.stdout and "48 conversations left out" in done.stdout
+    assert not (tmp_path / "own.json").exists()
+    done = anchorwatch("calibrate", log, "--out", tmp_path / "own.json", "--uncertified", *with_model)
+    assert done.returncode == 0 and "UNCERTIFIED" in done.stdout
+    assert DetectorConfig.from_json((tmp_path / "own.json").read_bytes()).boundaries_of("bank").certification == (
+        "uncertified"
+    )
+
+
+def test_a_backtest_or_worker_with_a_calibration_that_is_not_there(tmp_path: Path) -> None:
+    refused(anchorwatch("backtest", tmp_path, "--config", tmp_path / "none.json"), "none.json", "anchorwatch calibrate")
+    refused(anchorwatch("worker", "--calibration", tmp_path / "none.json"), "none.json", "anchorwatch calibrate")
 
 
 # The demo and the worker

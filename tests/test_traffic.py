@@ -247,7 +247,7 @@ def test_shipped_scripts_are_sound(name: str) -> None:
         return
     assert all(script.family for script in scripts)
     healthy, drifting = (sum(kinds[kind] for kind in side) for side in (HEALTHY, DRIFTING))
-    assert (healthy, drifting) == {"develop": (90, 80), "calibrate": (230, 0), "test": (130, 100)}[name]
+    assert (healthy, drifting) == {"develop": (150, 80), "calibrate": (230, 0), "test": (130, 100)}[name]
     assert healthy - kinds["bounded_task"] >= healthy / 2  # at least half of the healthy ones are hard
     assert set(kinds) >= {*DRIFTING} if name != "calibrate" else set(kinds) == {*HEALTHY}
 
