@@ -216,7 +216,7 @@ def without_promise(boundaries: Boundaries) -> Boundaries:
     )
 
 
-class PersonaSpace(Struct, frozen=True):
+class PersonaSpace(Struct, frozen=True, dict=True):
     """Where the roles lie on the first persona components; raw residual units, not centred.
 
     Attributes:
@@ -238,11 +238,14 @@ class PersonaSpace(Struct, frozen=True):
             return []
         here = self._direction([coordinates[name] for name in self.components])
         ranked: list[tuple[float, str]] = []
-        for role, position in self.roles.items():
-            there = self._direction(position)
+        for role, there in self._directions.items():
             if here and there:
                 ranked.append((-math.fsum(a * b for a, b in zip(here, there, strict=True)), role))
         return [role for _, role in sorted(ranked)[:count]]
+
+    @cached_property
+    def _directions(self) -> dict[str, list[float]]:
+        return {role: self._direction(position) for role, position in self.roles.items()}
 
     def _direction(self, position: Sequence[float]) -> list[float]:
         centred = [value - middle for value, middle in zip(position, self.centre, strict=True)]

@@ -125,6 +125,8 @@ def expected_load(budget: float, *, detection: float, conversations_per_day: flo
 
 def _at_most(count: int, of: int, share: float) -> float:
     """P(Binomial(of, share) <= count), for a share inside (0, 1)."""
+    # What lies twelve standard deviations below the mean adds nothing, and may be a million terms.
+    first = max(0, math.floor(of * share - 12.0 * math.sqrt(of * share * (1.0 - share)) - 30.0))
     terms = (
         math.exp(
             math.lgamma(of + 1)
@@ -133,7 +135,7 @@ def _at_most(count: int, of: int, share: float) -> float:
             + found * math.log(share)
             + (of - found) * math.log1p(-share)
         )
-        for found in range(count + 1)
+        for found in range(first, count + 1)
     )
     return min(1.0, math.fsum(terms))
 
