@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scripts = load_scripts("develop")
     said = read_conversations(HERE / "develop.jsonl.gz", scripts, bundle.info.model.name)
     of = {script.id: script for script in scripts}
+    said = [one for one in said if one.origin.conversation_id in of]  # one play of each script
     played = {one.origin.conversation_id: of[script_id(one.origin.conversation_id, of)] for one in said}
     kinds = {id: script.kind for id, script in played.items()}
     families = {id: script.family for id, script in played.items()}

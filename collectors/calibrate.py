@@ -136,7 +136,7 @@ def learn_and_calibrate(
         labels: see `learn_traits`; may be empty.
 
     Returns:
-        The calibrated bundle, and the development projections as it measures them.
+        The calibrated bundle, and the projections of each development script's first play as it measures them.
 
     Raises:
         ConfigurationError: as `learn_traits` and `calibrate_bundle`.
@@ -153,9 +153,10 @@ def learn_and_calibrate(
     # Where it was learned, it flatters itself; what is healthy it must learn from families that it did not see.
     families = {id: of[name].family or name for id, name in names.items()}
     unseen = held_out_values(residuals, kinds, families, labels)
-    # Scored anew: the lowest window of a response is found by the readout.
+    # Scored anew: the lowest window of a response is found by the readout. One play of each script is enough here.
     reader = Witness(loaded, learned)
-    seen = _scored(reader, develop, "measuring develop", progress)
+    first = [one for one in develop if one.origin.conversation_id in of]
+    seen = _scored(reader, first, "measuring develop", progress)
     healthy = _scored(reader, calibration, "measuring calibrate", progress)
     calibrated = calibrate_bundle(
         learned,

@@ -512,7 +512,7 @@ def axis_calibrate(
     model: Model = "smollm2",
     conversations: Annotated[
         Path | None,
-        typer.Option(help="Folder with develop.jsonl.gz and calibrate.jsonl.gz. [default: the scripts are played]"),
+        typer.Option(help="Folder with develop*.jsonl.gz and calibrate.jsonl.gz. [default: the scripts are played]"),
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="CSV file with conversation_id, turn and label of the develop replies.")
@@ -573,10 +573,15 @@ def axis_calibrate(
                     progress=functools.partial(advance, f"playing {name}"),
                 )
                 write_conversations(file, scripts, said, axis.info.model.name)
-        develop, calibration = (
-            read_conversations(kept / f"{name}.jsonl.gz", scripts, axis.info.model.name)
-            for name, scripts in splits.items()
-        )
+        name = axis.info.model.name
+        develop = [
+            one
+            for file in sorted(kept.glob("develop*.jsonl.gz"))
+            for one in read_conversations(file, splits["develop"], name)
+        ]
+        if not develop:
+            raise ConfigurationError(f"{kept} has no develop*.jsonl.gz", cure="give a folder of played conversations")
+        calibration = read_conversations(kept / "calibrate.jsonl.gz", splits["calibrate"], name)
         axis, seen = learn_and_calibrate(
             loaded,
             axis,
