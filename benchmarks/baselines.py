@@ -79,7 +79,7 @@ def river_detectors(z: Series, develop: Series, drifting: Callable[[str], bool])
                 mode=["down"],
             ),
         ),
-        "KSWIN": (KSWIN, _grid(alpha=[0.005, 0.05, 0.2], window_size=[4, 6], stat_size=[2, 3], seed=[0])),
+        "KSWIN": (KSWIN, _grid(alpha=[0.005, 0.05, 0.2], window_size=[6, 8], stat_size=[2, 3], seed=[0])),
     }
     defaults = {"ADWIN": {}, "PageHinkley": {}, "KSWIN": {"seed": 0}}
     answers = {}

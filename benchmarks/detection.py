@@ -432,10 +432,10 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> None:
     """Renew what stands between `<!-- NAME -->` and `<!-- end -->` in a page."""
     text = page.read_text()
     for name, block in blocks.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"{page} has no block {name!r}")
-        text = pattern.sub(lambda found, block=block: f"{found[1]}{block}{found[2]}", text)  # type: ignore[misc]
+        text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)  # type: ignore[misc]
     page.write_text(text)
 
 
