@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.detection import CREATIVE, HERE, PAGE, write_blocks
 from collectors.calibrate import read_conversations, script_id
+from collectors.logs import Logged
 from collectors.models import load_model
 from collectors.traffic import DRIFTING, HEALTHY, load_scripts
 from collectors.traits import DRIFTED, SHRINKAGE, STEADFAST, Labels, label_of, read_labels, weights_of
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--bundle", default="smollm2")
-    parser.add_argument("--layers", type=int, nargs="*", default=[8, 12, 16, 24, 28])
+    parser.add_argument("--layers", type=int, nargs="*", default=[12, 16, 24])
     parser.add_argument("--write", action="store_true", help="renew docs/detection.md")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args(arguments)
@@ -56,33 +57,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     witness = Witness(load_model(options.model), bundle)
     known = read_labels(HERE / "develop_labels.csv")
     scripts = load_scripts("develop")
-    said = read_conversations(HERE / "develop.jsonl.gz", scripts, bundle.info.model.name)
     of = {script.id: script for script in scripts}
-    said = [one for one in said if one.origin.conversation_id in of]  # one play of each script
+    said = [
+        one
+        for file in sorted(HERE.glob("develop*.jsonl.gz"))
+        for one in read_conversations(file, scripts, bundle.info.model.name)
+    ]
+    first = [one for one in said if one.origin.conversation_id in of]
     played = {one.origin.conversation_id: of[script_id(one.origin.conversation_id, of)] for one in said}
     kinds = {id: script.kind for id, script in played.items()}
     families = {id: script.family for id, script in played.items()}
 
-    def measured(layer: int) -> Develop:
+    def measured(layer: int, talks: Sequence[Logged]) -> Develop:
         replies: list[Residual] = []
-        for start in range(0, len(said), 40):
-            replies += witness.residuals(said[start : start + 40], layer)
+        for start in range(0, len(talks), 40):
+            replies += witness.residuals(talks[start : start + 40], layer)
             print(f"\rlayer {layer}: {len(replies)} replies", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         return Develop(replies, kinds, families, known)
 
-    develop = measured(bundle.layer)
-    rows = _variants(bundle, develop)
-    layers = {bundle.layer: _held_out(develop, both, _by_label(develop, STEADFAST))}
-    layers |= {
-        layer: _held_out(at, both, _by_label(at, STEADFAST)) for layer in options.layers for at in [measured(layer)]
+    rows = _variants(bundle, measured(bundle.layer, said))
+    layers = {}
+    for layer in sorted({*options.layers, bundle.layer}):  # of one play of each script, for time
+        at = measured(layer, first)
+        layers[layer] = _held_out(at, both, _by_label(at, STEADFAST))
+    tables = {
+        "study": _table("readout", rows),
+        "layers": _table("layer", {str(layer): row for layer, row in layers.items()}),
     }
-    tables = {"study": _table("readout", rows), "layers": _table("layer", {str(k): layers[k] for k in sorted(layers)})}
     print("\n\n".join(tables.values()))
     if options.write:
         write_blocks(PAGE, tables)
     if options.json:
-        print(json.dumps({"benchmark": "study", "readouts": rows, "layers": {str(k): v for k, v in layers.items()}}))
+        print(json.dumps({"benchmark": "study", "readouts": rows, "layers": layers}))
 
 
 def both(one: Residual) -> Floats:
@@ -129,7 +136,7 @@ def _variants(bundle: Bundle, develop: Develop) -> dict[str, dict[str, float]]:
     }
     rows |= {
         f"… both, rubric, shrinkage {shrinkage:g}": _held_out(develop, both, _by_label(develop, STEADFAST, shrinkage))
-        for shrinkage in (0.3, 0.6, 0.98)
+        for shrinkage in (0.2, 0.75, 0.9, 0.98)
     }
     return rows
 
