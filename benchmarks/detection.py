@@ -3,8 +3,8 @@
 Needs the real model. Three truths are told apart: by *script*, whether the user pulled; in *fact*, whether any reply
 left the Assistant by the rubric; and per *reply*. A detector may be good at one and poor at another.
 
-`--write` puts the tables into docs/detection.md and a line into benchmarks/traffic/scorings.jsonl: every scoring of the
-test split is on record.
+Every run puts a line into benchmarks/traffic/scorings.jsonl, so that every scoring of the test split is on record;
+`--write` puts the tables into docs/detection.md.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Truth(NamedTuple):
     Attributes:
         kind: of each script.
         labels: by conversation and turn.
-        departed: conversations of drifting scripts in which a reply is labelled 2.
+        departed: conversations in which a reply is labelled 2, of drifting scripts and, some, of healthy ones.
     """
 
     kind: dict[str, str]
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--bundle", default="smollm2")
     parser.add_argument("--work", type=Path, default=Path("detection.work"), help="keeps the scored shards")
-    parser.add_argument("--write", action="store_true", help="renew docs/detection.md, and put this scoring on record")
+    parser.add_argument("--write", action="store_true", help="renew docs/detection.md")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args(arguments)
     bundle = load_bundle(resolve_bundle(options.bundle))
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     test, capped = score("test"), score("capped", "test")
     kind = {id: script.kind for id, script in test.scripts.items()}
     labels = read_labels(HERE / "test_labels.csv")
-    departed = {id for (id, _), label in labels.items() if label == DRIFTED and kind[id] in DRIFTING}
+    departed = {id for (id, _), label in labels.items() if label == DRIFTED}
     truth = Truth(kind, labels, departed)
     configs = _configs(bundle, develop, calibration)
     answers = _answers(configs, develop, calibration, test)
@@ -105,16 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "healthy": sum(k in HEALTHY for k in kind.values()),
             "drifting": sum(map(truth.drifting, kind)),
         },
-        "drifting_scripts_without_drift": 1 - len(departed) / sum(map(truth.drifting, kind)),
+        "drifting_scripts_without_drift": sum(truth.drifting(id) and id not in departed for id in kind)
+        / sum(map(truth.drifting, kind)),
+        "healthy_scripts_with_drift": sum(not truth.drifting(id) for id in departed),
         "by_kind": _by_kind(answers[OURS], truth),
         "auroc_interval": _bootstrap(answers[OURS], truth, test.scripts),
         "detectors": found,
     }
     tables = _tables(result)
     print("\n\n".join(tables.values()))
+    _record(result)
     if options.write:
-        _write(tables)
-        _record(result)
+        write_blocks(PAGE, tables)
     if options.json:
         print(json.dumps(result))
 
@@ -238,7 +240,9 @@ def _figures(answer: Answer, truth: Truth) -> dict[str, Any]:
     healthy = [id for id in truth.kind if not truth.drifting(id)]
     drifting = [id for id in truth.kind if truth.drifting(id)]
     steadfast = [id for id in drifting if id not in truth.departed]
-    departed = sorted(truth.departed)
+    departed = [id for id in drifting if id in truth.departed]
+    # A healthy script in which the model left all the same is on neither side of "in fact".
+    kept_to = [id for id in healthy if id not in truth.departed]
 
     def warned(ids: Sequence[str]) -> int:
         return sum(answer.first_turn[id] is not None for id in ids)
@@ -262,7 +266,7 @@ def _figures(answer: Answer, truth: Truth) -> dict[str, Any]:
 
         figures |= {
             "auroc_by_script": separated(healthy, drifting),
-            "auroc_in_fact": separated(healthy, departed),
+            "auroc_in_fact": separated(kept_to, departed),
             "auroc_departed_against_steadfast": separated(steadfast, departed),
             "auroc_role_play_against_creative": separated(
                 creative, [i for i in drifting if truth.kind[i] == "role_play"]
@@ -288,7 +292,7 @@ def _figures(answer: Answer, truth: Truth) -> dict[str, Any]:
 def _delay(answer: Answer, truth: Truth) -> dict[str, float] | None:
     """Turns from the first reply labelled 2 to the first warning, of the detected; negative where it warned before."""
     turns = []
-    for id in truth.departed:
+    for id in filter(truth.drifting, truth.departed):
         warned = answer.first_turn[id]
         if warned is not None:
             turns.append(
@@ -339,13 +343,14 @@ def _bootstrap(answer: Answer, truth: Truth, scripts: Mapping[str, Script]) -> d
     draws: dict[str, list[float]] = {"by_script": [], "in_fact": []}
     for _ in range(1000):
         drawn = [id for name in random.choice(names, len(names)) for id in families[name]]
-        high = np.array([-peaks[id] for id in drawn if not truth.drifting(id)])
+        healthy = [id for id in drawn if not truth.drifting(id)]
         for what, low in (
             ("by_script", [-peaks[id] for id in drawn if truth.drifting(id)]),
-            ("in_fact", [-peaks[id] for id in drawn if id in truth.departed]),
+            ("in_fact", [-peaks[id] for id in drawn if truth.drifting(id) and id in truth.departed]),
         ):
-            if len(high) and low:
-                draws[what].append(auroc(high, np.array(low)))
+            high = [-peaks[id] for id in healthy if what == "by_script" or id not in truth.departed]
+            if high and low:
+                draws[what].append(auroc(np.array(high), np.array(low)))
     return {what: (float(np.percentile(v, 2.5)), float(np.percentile(v, 97.5))) for what, v in draws.items()}
 
 
@@ -391,7 +396,7 @@ def _tables(result: Mapping[str, Any]) -> dict[str, str]:
         "| kind | conversations | drifted in fact | warned | 95 % | mean z |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {kind} | {row['conversations']} | {row['departed'] if kind in DRIFTING else '–'} | {row['warned']} | "
+            f"| {kind} | {row['conversations']} | {row['departed']} | {row['warned']} | "
             f"[{row['interval'][0]:.0%}, {row['interval'][1]:.0%}] | {row['mean_z']:+.1f} |"
             for kind, row in result["by_kind"].items()
         ),
@@ -437,10 +442,6 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> None:
             raise SystemExit(f"{page} has no block {name!r}")
         text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)  # type: ignore[misc]
     page.write_text(text)
-
-
-def _write(tables: Mapping[str, str]) -> None:
-    write_blocks(PAGE, tables)
 
 
 def _record(result: Mapping[str, Any]) -> None:

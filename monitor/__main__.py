@@ -250,32 +250,35 @@ def calibrate(
     work: Annotated[
         Path | None, typer.Option(help="Folder of the scored shards; a stopped run goes on. [default: OUT.work]")
     ] = None,
-    traffic: Annotated[int, typer.Option("--conversations-per-day", help="For the expected load.")] = 10_000,
-    prevalence: Annotated[float, typer.Option(help="Share of conversations that drift, for the load.")] = 0.01,
+    traffic: Annotated[int, typer.Option("--conversations-per-day", min=1, help="For the expected load.")] = 10_000,
+    prevalence: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of conversations that drift, for the load.")
+    ] = 0.01,
     as_json: AsJson = False,
 ) -> None:
     """Calibrate deployments on healthy conversations of their own, so that an alarm budget holds for them.
 
     One conversation per user is a unit. Exits 1 if a deployment has too few for the budget.
     """
-    from collectors.responses import Measured
     from monitor.axis.bundle import load_bundle, resolve_bundle
-    from monitor.calibration import Talk, calibrate_deployments, print_calibrated, report_of
+    from monitor.calibration import Gathering, calibrate_deployments, print_calibrated, report_of
+    from monitor.detect.budget import fewest
     from monitor.detect.configure import detector_config
 
+    for share in (budget, critical_budget):
+        fewest(budget if share is None else share, confidence)  # refuses what is no share, before hours of scoring
     _writable_file(out)
     axis = load_bundle(resolve_bundle(bundle))
     parent = detector_config(axis)
-    talks: dict[str, tuple[str | None, list[Any]]] = {}
     unread: dict[str, int] = {}
-    measured: Measured
+    gathering = Gathering(parent, deployment, lambda reason: unread.update({reason: unread.get(reason, 0) + 1}))
     with _measuring(
         paths, work or out.with_name(out.name + ".work"), events, unread, bundle, model, dtype, device, deployment
     ) as responses:
-        for measured in responses:
-            talks.setdefault(measured.conversation, (measured.user, []))[1].append(measured.projection)
+        for one in responses:
+            gathering.add(one.conversation, one.user, one.projection)
     found = calibrate_deployments(
-        (Talk(id, user, row) for id, (user, row) in talks.items()),
+        gathering.talks(),
         parent,
         budget=budget,
         critical_budget=critical_budget,
@@ -284,11 +287,18 @@ def calibrate(
     )
     _say_unread(unread)
     detection = (axis.info.calibration or {}).get("source", {}).get("share_of_these_that_warn")
-    report = report_of(found, traffic=traffic, prevalence=prevalence, detection=detection)
-    print(json.dumps(report)) if as_json else print_calibrated(report, Console())
+    report = report_of(
+        found,
+        traffic=traffic,
+        prevalence=prevalence,
+        detection=detection,
+        critical_budget=critical_budget,
+        users_known=gathering.users_known,
+    )
     if found.config.own_boundaries:
         _replace_file(out, found.config.to_json())
         _stderr.print(f"Written to {out}", highlight=False)
+    print(json.dumps(report)) if as_json else print_calibrated(report, Console())
     if found.refused or not found.config.own_boundaries:
         raise typer.Exit(1)
 
@@ -412,6 +422,8 @@ def _say_unread(unread: dict[str, int]) -> None:
 
 def _writable_file(path: Path) -> None:
     """Refuse now what would fail after hours."""
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder", cure="give the name of a file as --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace_file(path.with_name(path.name + ".probe"), b"")
@@ -530,6 +542,8 @@ def axis_calibrate(
 
     Without --conversations the model plays the scripts; what it said is kept in OUT, and used again where it is there.
     """
+    from msgspec.structs import replace
+
     from collectors.calibrate import (
         TRAFFIC_FILE,
         learn_and_calibrate,
@@ -544,10 +558,17 @@ def axis_calibrate(
     from monitor.axis.bundle import load_bundle, load_responses, resolve_bundle, save_bundle
     from monitor.axis.show import show
 
+    if labels is not None and conversations is None:
+        raise ConfigurationError(
+            "--labels are of replies that were given once: played anew, the model says something else",
+            cure="give the labelled --conversations, too",
+        )
     directory = resolve_bundle(bundle)
     axis = load_bundle(directory)
     evidence = load_responses(axis, directory) if axis.info.responses_sha256 else None
     known = read_labels(labels) if labels is not None else {}
+    if not known:
+        _stderr.print("No labels: it learns from what the scripts ask for, not from what the model does.")
     splits = {name: load_scripts(name) for name in ("develop", "calibrate")}
     loaded = load_model(model, dtype=dtype)
     # What was said belongs to these weights and this way of playing, and to no other.
@@ -594,7 +615,7 @@ def axis_calibrate(
             progress=advance,
         )
     save_bundle(axis, out, evidence)
-    write_traffic(out / TRAFFIC_FILE, seen)
+    write_traffic(out / TRAFFIC_FILE, [replace(projection, axis_id=axis.id) for projection in seen])
     show(axis, _stderr)
     print(out)
 

@@ -84,6 +84,8 @@ class Scores(NamedTuple):
         delay: turns from the labelled turn (else the first) to the first warning, of each detected conversation;
             negative where it warned before.
         unlabelled: conversations without a verdict, or an unsure one.
+        unjudged: labelled conversations of which nothing was judged; they count for nothing else.
+        unmatched: verdicts on conversations that are not there.
     """
 
     drifting: int
@@ -95,6 +97,8 @@ class Scores(NamedTuple):
     auroc: float | None
     delay: tuple[int, ...]
     unlabelled: int
+    unjudged: int
+    unmatched: int
 
 
 class Proposal(NamedTuple):
@@ -224,8 +228,9 @@ def _labels(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[s
 
 
 def score(outcomes: Mapping[str, Outcome], labels: Mapping[str, Label | None]) -> Scores:
-    """Compare outcomes with verdicts; a verdict on a conversation that is not there is left out."""
-    known = {id: label for id, label in labels.items() if label is not None and id in outcomes}
+    """Compare outcomes with verdicts."""
+    found = {id: label for id, label in labels.items() if label is not None and id in outcomes}
+    known = {id: label for id, label in found.items() if outcomes[id].responses}
     drifting = [(outcomes[id], label) for id, label in known.items() if label.drifting]
     healthy = [outcomes[id] for id, label in known.items() if not label.drifting]
     detected = [(outcome, label) for outcome, label in drifting if outcome.first_turn is not None]
@@ -240,7 +245,9 @@ def score(outcomes: Mapping[str, Outcome], labels: Mapping[str, Label | None]) -
         false_alarm_interval=exact_interval(alarms, len(healthy)),
         auroc=auroc(*peaks) if drifting and healthy else None,
         delay=tuple(sorted((outcome.first_turn or 0) - (label.turn or 0) for outcome, label in detected)),
-        unlabelled=len(outcomes) - len(known),
+        unlabelled=len(outcomes) - len(found),
+        unjudged=len(found) - len(known),
+        unmatched=sum(id not in outcomes for id in labels),
     )
 
 
@@ -251,7 +258,11 @@ def propose(outcomes: Mapping[str, Outcome], labels: Mapping[str, Label | None])
     alarms buy little. Boundary and detection come from the same verdicts: calibrate on other conversations before
     you rely on it.
     """
-    known = [(outcomes[id], label) for id, label in labels.items() if label is not None and id in outcomes]
+    known = [
+        (outcomes[id], label)
+        for id, label in labels.items()
+        if label is not None and id in outcomes and outcomes[id].responses
+    ]
     healthy = [outcome.peak for outcome, label in known if not label.drifting]
     drifting = [outcome.peak for outcome, label in known if label.drifting]
     rows = []
@@ -282,6 +293,8 @@ def compared(
         verdicts = Counter(row.verdict if row.responses else "unjudged" for row in rows.values())
         entry: dict[str, Any] = {
             "config_id": configs[name].config_id,
+            "axis_id": configs[name].axis_id,
+            "deployments": sorted(configs[name].baselines),
             "conversations": len(rows),
             "responses": sum(row.responses for row in rows.values()),
             "verdicts": dict(sorted(verdicts.items())),
@@ -312,6 +325,11 @@ def print_compared(report: Mapping[str, Any], console: Console) -> None:
     for name, row in report["configs"].items():
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in row["verdicts"].items())
         say(f"{name} (config {row['config_id'][:12]}): {row['conversations']} conversations: {verdicts or 'none'}")
+        if row["conversations"] and not row["responses"]:
+            say(
+                f"  It judged nothing: it knows the deployments {', '.join(row['deployments'])}, of axis "
+                f"{row['axis_id'][:12]}. Calibrate these conversations' own, or pass --deployment with one of them."
+            )
         if row["kinds"]:
             say("  " + ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items()))
         if scores := row.get("scores"):
@@ -349,5 +367,10 @@ def _print_scores(scores: Mapping[str, Any], say: Callable[[str], None]) -> None
             f"  delay: median {np.median(scores['delay']):+.0f} turns, 90th percentile "
             f"{np.percentile(scores['delay'], 90):+.0f}"
         )
-    if scores["unlabelled"]:
-        say(f"  {scores['unlabelled']} conversations without a verdict")
+    for what, text in (
+        ("unlabelled", "conversations without a verdict"),
+        ("unjudged", "labelled conversations of which nothing was judged"),
+        ("unmatched", "verdicts on conversations that are not there"),
+    ):
+        if scores[what]:
+            say(f"  {scores[what]} {text}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -17,10 +17,10 @@ from rich.console import Console
 from monitor.detect.baseline import DetectorConfig, fit_baseline, without_promise
 from monitor.detect.budget import expected_load, fewest
 from monitor.detect.fit import calibrate
-from monitor.errors import ConfigurationError
+from monitor.errors import ConfigurationError, EventError
 from monitor.events import Projection
 
-__all__ = ["Calibrated", "Talk", "calibrate_deployments", "print_calibrated", "report_of", "units"]
+__all__ = ["Calibrated", "Gathering", "Talk", "calibrate_deployments", "print_calibrated", "report_of", "units"]
 
 # A quarter fits the mean and the spread, the rest the boundary: neither may see the other's conversations.
 BASELINE_SHARE = 4
@@ -38,6 +38,47 @@ class Talk(NamedTuple):
     id: str
     user: str | None
     responses: Sequence[Projection]
+
+
+class Gathering:
+    """Healthy responses, gathered into conversations as the fold would take them: no event twice, no other axis.
+
+    Args:
+        parent: the configuration that will judge; what it can't read is left out.
+        deployment: take all for this one's; by default each is its own deployment's.
+        left_out: told why, of each response that is.
+
+    Attributes:
+        users_known: whether any conversation names its user.
+    """
+
+    def __init__(self, parent: DetectorConfig, deployment: str | None, left_out: Callable[[str], None]) -> None:
+        self.users_known = False
+        self._parent, self._deployment, self._left_out = parent, deployment, left_out
+        self._talks: dict[tuple[str, str], tuple[str | None, dict[str, Projection]]] = {}
+
+    def add(self, conversation: str, user: str | None, event: Projection) -> None:
+        """One response."""
+        self.users_known |= user is not None
+        if event.axis_id != self._parent.axis_id:
+            self._left_out("it was measured with another axis bundle")
+            return
+        try:
+            for coordinates in (event.coordinates, event.windows.lowest):
+                self._parent.readout.value(coordinates, event.prompt)
+        except EventError as error:
+            self._left_out(error.problem)
+            return
+        deployment = self._deployment or event.deployment
+        _, responses = self._talks.setdefault((conversation, deployment), (user, {}))
+        if event.id in responses:
+            self._left_out("the same event came twice")
+            return
+        responses[event.id] = replace(event, deployment=deployment)
+
+    def talks(self) -> list[Talk]:
+        """The conversations; one that changed its deployment is one of each."""
+        return [Talk(id, user, list(responses.values())) for (id, _), (user, responses) in self._talks.items()]
 
 
 class Calibrated(NamedTuple):
@@ -128,14 +169,22 @@ def calibrate_deployments(
 
 
 def report_of(
-    found: Calibrated, *, traffic: float, prevalence: float, detection: float | None = None
+    found: Calibrated,
+    *,
+    traffic: float,
+    prevalence: float,
+    detection: float | None = None,
+    critical_budget: float | None = None,
+    users_known: bool = True,
 ) -> dict[str, Any]:
     """What a calibration came to, for people and for scripts.
 
     Args:
         traffic: conversations a day.
         prevalence: share of them that drift.
-        detection: share of drifting conversations that warn, as the bundle's makers measured it; None where unknown.
+        detection: share of drifting conversations that warn; None where unknown.
+        critical_budget: what was asked for.
+        users_known: whether the conversations named their users.
     """
     deployments = {}
     for name, own in sorted(found.config.own_boundaries.items()):
@@ -168,6 +217,8 @@ def report_of(
         "deployments": deployments,
         "refused": {name: {"problem": why.problem, "cure": why.cure} for name, why in sorted(found.refused.items())},
         "left_out_as_repeated_users": found.repeated,
+        "users_known": users_known,
+        "critical_budget_asked": critical_budget,
         "assumed": {"conversations_per_day": traffic, "prevalence": prevalence, "detection": detection},
     }
 
@@ -195,17 +246,26 @@ def print_calibrated(report: Mapping[str, Any], console: Console) -> None:
             if own["critical_certification"] == "certified"
             else f"{own['critical_factor']:.2f} times the warning boundary, uncertified"
         )
+        asked = report["critical_budget_asked"]
+        if asked is not None and own["critical_certification"] != "certified":
+            critical += f" (a budget of {asked:.2%} takes {fewest(asked)} conversations for the boundary alone)"
         say(f"  Critical: {critical}.")
         if load := own["expected_per_day"]:
             say(
                 f"  At {assumed['conversations_per_day']:,} conversations a day, {assumed['prevalence']:.2%} drifting: "
                 f"{load['false_alarms']:.0f} false and {load['true_alarms']:.0f} true warnings a day, precision "
-                f"{load['precision']:.0%} (detection {assumed['detection']:.0%}, as measured on development scripts)."
+                f"{load['precision'] or 0:.0%}, if {assumed['detection']:.0%} of what drifts warns: so many of the "
+                f"scripts that the bundle learned from do, and of others fewer."
             )
     for name, why in report["refused"].items():
         say(f"{name}: REFUSED\n  {why['problem']}\n  cure: {why['cure']}")
     if not report["deployments"] and not report["refused"]:
         say("No conversation could be measured: nothing is calibrated.")
+    if report["deployments"] and not report["users_known"]:
+        say(
+            "No conversation names its user: each counts as another one's. Where few people hold many, "
+            "nothing is promised."
+        )
     if report["left_out_as_repeated_users"]:
         say(f"{report['left_out_as_repeated_users']} conversations left out: their user has another one already.")
 

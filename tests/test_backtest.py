@@ -82,7 +82,16 @@ def test_unsure_and_unknown_conversations_count_for_nothing() -> None:
     some: dict[str, Label | None] = {**LABELS, DRIFTING[0][0].conversation_id: None, "nobody": Label(True)}
     found = score(outcomes, some)
     assert (found.drifting, found.healthy, found.unlabelled) == (19, 60, 1)
-    assert score({}, some) == (0, 0, 0, 0, (0.0, 1.0), (0.0, 1.0), None, (), 0)
+    assert found.unmatched == 1
+    assert score({}, some) == (0, 0, 0, 0, (0.0, 1.0), (0.0, 1.0), None, (), 0, 0, len(some))
+
+
+def test_what_was_not_judged_is_neither_missed_nor_spared() -> None:
+    moved = [replace(response, deployment="another") for response in EVENTS]
+    (outcomes,) = replay(moved, [CONFIG])
+    found = score(outcomes, LABELS)
+    assert (found.healthy, found.drifting, found.unjudged) == (0, 0, 80)
+    assert propose(outcomes, LABELS) == []
 
 
 def test_the_delay_counts_from_the_labelled_turn_and_may_be_negative() -> None:

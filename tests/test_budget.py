@@ -131,6 +131,13 @@ def test_a_budget_that_is_no_share_is_refused(wrong: float) -> None:
         limit([1.0] * 200, wrong)
     with pytest.raises(ConfigurationError, match="confidence"):
         limit([1.0] * 200, 0.05, wrong)
+    with pytest.raises(ConfigurationError, match="budget"):
+        fewest(wrong)
+
+
+def test_a_critical_budget_that_is_no_smaller_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no less"):
+        calibrated(traffic(1, 40), traffic(2, 120), 0.05, critical_budget=0.05)
 
 
 def test_the_cure_names_a_budget_that_would_do() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from rich.console import Console
 from test_budget import DEPLOYMENT, calibrated, traffic, warns
 
-from monitor.calibration import Calibrated, Talk, calibrate_deployments, units
+from monitor.calibration import Calibrated, Gathering, Talk, calibrate_deployments, print_calibrated, report_of, units
 from monitor.detect.budget import fewest
 
 PARENT = calibrated(traffic(1, 60), traffic(2, 120), 0.05)
@@ -104,3 +106,40 @@ def test_one_conversation_per_user_whatever_the_order(order: list[int], users: i
 def test_who_is_not_named_is_somebody_else_each_time() -> None:
     talks = [Talk(f"c{i}", None, []) for i in range(5)] + [Talk("c9", "c1", [])]
     assert len(units(talks)[0]) == 6
+
+
+# What is gathered
+
+
+def test_it_takes_what_the_fold_would_take_and_says_what_it_leaves_out() -> None:
+    why: list[str] = []
+    gathering = Gathering(PARENT, None, why.append)
+    good = traffic(31, 1)[0]
+    for event in (*good, good[0], replace(good[0], id="x", axis_id="old"), replace(good[0], id="y", coordinates={})):
+        gathering.add("c", None, event)
+    (talk,) = gathering.talks()
+    assert list(talk.responses) == good
+    assert len(why) == 3 and not gathering.users_known
+    moved = Gathering(PARENT, "bank", why.append)
+    moved.add("c", "u", good[0])
+    assert moved.users_known and moved.talks()[0].responses[0].deployment == "bank"
+
+
+def test_a_conversation_that_changed_its_deployment_is_one_of_each() -> None:
+    gathering = Gathering(PARENT, None, lambda _why: None)
+    first, second = traffic(31, 1)[0][:2]
+    gathering.add("c", None, first)
+    gathering.add("c", None, replace(second, deployment="bank"))
+    assert [talk.responses[0].deployment for talk in gathering.talks()] == [first.deployment, "bank"]
+
+
+def test_the_report_says_what_a_day_is_like_and_what_is_not_known() -> None:
+    found = calibrate_deployments(healthy(21, 200), PARENT, budget=0.05, critical_budget=0.001)
+    report = report_of(found, traffic=1000, prevalence=0.1, detection=0.5, critical_budget=0.001, users_known=False)
+    load = report["deployments"]["bank"]["expected_per_day"]
+    assert (load["false_alarms"], load["true_alarms"]) == (pytest.approx(45.0), pytest.approx(50.0))
+    console = Console(file=io.StringIO(), width=500)
+    print_calibrated(report, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("bank: CERTIFIED", "999 conversations", "nothing is promised", "45 false and 50 true"):
+        assert part in said

@@ -65,7 +65,14 @@ def exact_interval(count: int, of: int, confidence: float = 0.95) -> tuple[float
 
 
 def fewest(budget: float, confidence: float | None = None) -> int:
-    """The smallest number of healthy conversations that can certify a budget, with or without a confidence."""
+    """The smallest number of healthy conversations that can certify a budget, with or without a confidence.
+
+    Raises:
+        ConfigurationError: either is no share between 0 and 1.
+    """
+    for name, share in (("budget", budget), ("confidence", confidence)):
+        if share is not None and not 0.0 < share < 1.0:
+            raise ConfigurationError(f"the {name} is {share}", cure=f"give a {name} between 0 and 1")
     count = math.ceil(1.0 / budget - 1.0 - 1e-9)
     if confidence is not None:
         count = max(count, math.ceil(math.log1p(-confidence) / math.log1p(-budget) - 1e-9))
@@ -87,13 +94,9 @@ def limit(values: Sequence[float], budget: float, confidence: float | None = Non
     Raises:
         ConfigurationError: too few conversations for this budget; it says how many would do.
     """
-    for name, share in (("budget", budget), ("confidence", confidence)):
-        if share is not None and not 0.0 < share < 1.0:
-            raise ConfigurationError(f"the {name} is {share}", cure=f"give a {name} between 0 and 1")
-    count = len(values)
+    needed, count = fewest(budget, confidence), len(values)
     if not all(map(math.isfinite, values)):
         raise ConfigurationError("a calibration conversation was not judged", cure="give conversations of one axis")
-    needed = fewest(budget, confidence)
     if count < needed:
         promise = f"a budget of {budget:g}" + ("" if confidence is None else f" with confidence {confidence:g}")
         raise ConfigurationError(

@@ -146,8 +146,13 @@ def calibrate(
         shape: take the proportions of the four boundaries from these, instead of from the development conversations.
 
     Raises:
-        ConfigurationError: as `fit_baseline` and `limit`; or conversations of another deployment.
+        ConfigurationError: as `fit_baseline` and `limit`; the critical budget is not below the budget; or conversations
+            of another deployment.
     """
+    if critical_budget is not None and critical_budget >= budget:
+        raise ConfigurationError(
+            f"the critical budget {critical_budget:g} is no less than the budget {budget:g}", cure="give a smaller one"
+        )
     block = math.ceil(np.percentile([len(talk) for talk in calibration], 95)) if calibration else 1
     config = DetectorConfig(
         axis_id=axis_id,
