@@ -806,7 +806,7 @@ def test_the_worker_and_the_audit_of_one_installation_agree(tmp_path: Path) -> N
     settings = {"ANCHORWATCH_DATA_DIR": str(tmp_path), "ANCHORWATCH_SESSION_GAP_SECONDS": "45"}
     log = EmbeddedLog(tmp_path / "log.db")
     chance = random.Random(2)
-    talks = [events_at(config, f"c{n}", [chance.gauss(-0.5 * turn, 1) for turn in range(8)]) for n in range(10)]
+    talks = [events_at(config, f"c{n}", [chance.gauss(-1.5 * turn, 1) for turn in range(8)]) for n in range(10)]
     # Every other conversation pauses for longer than the gap.
     late = [replace(event, time="2026-01-01T01:00:00Z") if event.turn == 5 else event for event in talks[1]]
     mixed = [event for turn in zip(*talks[2:], late, strict=True) for event in turn]

@@ -147,10 +147,10 @@ def test_a_calibrated_bundle_explains_its_readout(calibrated: Path) -> None:
     assert bundle.info.readout is not None
     for name, weight in bundle.info.readout.coordinates.items():
         assert f"{weight:+.3g} {name}" in text
-    assert "uncertified" in text and "Not calibrated" not in text
+    assert "(certified)" in text and "Not calibrated" not in text
     said = json.loads(json.dumps(summary(bundle)))
     assert said["readout"]["coordinates"] == bundle.info.readout.coordinates
-    assert said["calibration"]["boundaries"]["certification"] == "uncertified"
+    assert said["calibration"]["boundaries"]["certification"] == "certified"
     assert verify(bundle, calibrated) == []
 
 
