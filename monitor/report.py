@@ -366,9 +366,17 @@ def _drawn(
         turns=listed,
         left_out=len(all_turns) - len(listed),
         exchange=told.get(row["conversation_id"]) if told else None,
-        promise=deployment.says if deployment else "not certified for this population",
-        certified=row["certification"] == "certified",
+        promise=_promise(deployment, row),
+        certified=deployment.certified if deployment else False,
     )
+
+
+def _promise(deployment: DeploymentSummary | None, row: Row) -> str:
+    """What stands behind this verdict: a warning may be certified, and the critical one above it a choice."""
+    if deployment is None:
+        return "not certified for this population"
+    chosen = row["verdict"] == "critical" and deployment.certified and row["certification"] != "certified"
+    return deployment.says + ("; where critical begins is a choice, and not certified" if chosen else "")
 
 
 def _listed(turns: Sequence[Row]) -> list[Row]:
