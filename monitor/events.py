@@ -25,6 +25,7 @@ __all__ = [
     "Certification",
     "Finding",
     "Kind",
+    "Outcome",
     "Projection",
     "Severity",
     "Windows",
@@ -40,7 +41,8 @@ MAX_COORDINATES = 32
 MAX_ATTRIBUTES = 16
 _RFC3339_UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
 
-Kind = Literal["low_start", "sudden_drop", "sustained_drop", "dip", "recovered"]
+Kind = Literal["low_start", "sudden_drop", "sustained_drop", "dip", "recovered", "fleet_shift"]
+Outcome = Literal["folded", "duplicate", "branch", "late", "unjudged", "learning"]
 Severity = Literal["warning", "critical", "info"]
 Certification = Literal["certified", "uncertified"]
 
@@ -123,7 +125,8 @@ class Finding(Struct, frozen=True, kw_only=True):
     Attributes:
         id: the same on every replay: hash of episode, kind and turn.
         time: event time of the response that made it.
-        conversation_id, turn, deployment, axis_id: of that response.
+        conversation_id, turn, deployment, axis_id: of that response. What concerns a whole deployment (`fleet_shift`)
+            has an empty conversation_id.
         kind: what happened; `recovered` ends an episode.
         severity: `warning`, `critical`, or `info` for `recovered`.
         statistic: name of the statistic that crossed its boundary, or came back inside.
@@ -139,7 +142,7 @@ class Finding(Struct, frozen=True, kw_only=True):
 
     id: Identifier
     time: str
-    conversation_id: Identifier
+    conversation_id: Annotated[str, Meta(max_length=256)]
     turn: Index
     deployment: Name
     axis_id: Name
@@ -158,6 +161,9 @@ class Finding(Struct, frozen=True, kw_only=True):
 
 
 def _finite(value: float, *maps: Mapping[str, float]) -> bool:
+    # A sum is finite only if its terms are, and is had in a tenth of the time. It may overflow, though: then look twice.
+    if math.isfinite(value + sum([sum(m.values()) for m in maps])):
+        return True
     return math.isfinite(value) and all(math.isfinite(v) for m in maps for v in m.values())
 
 

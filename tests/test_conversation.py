@@ -489,7 +489,7 @@ def test_a_state_written_by_the_first_release_is_still_read() -> None:
     assert (state.segment, state.axis_id, state.deployment, state.first_turn) == (1, "axis", "d", 3)
     assert (state.start, state.ewma, state.cusum, state.last_turn) == (0.5, -0.25, 1.5, 9)
     assert (state.folded_time, state.seen_time, state.turns) == (1772323200.0, 1772323260.0, 127)
-    assert (state.recent, state.risk, state.outcome) == ((0.5, -1.0), 0.75, "branch")
+    assert (state.z, state.risk, state.outcome) == (-1.0, 0.75, "branch")
     assert state.episode is not None
     assert (state.episode.id, state.episode.first_turn, state.episode.inside) == ("e", 4, 1)
     assert (state.folded, state.duplicates, state.branches, state.late) == (12, 1, 2, 3)

@@ -28,22 +28,20 @@ from __future__ import annotations
 
 import hashlib
 from base64 import urlsafe_b64encode
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
 from monitor.detect.baseline import Baseline, Boundaries, DetectorConfig
 from monitor.errors import EventError
-from monitor.events import Finding, Kind, Projection, Severity, episode_id
+from monitor.events import Finding, Kind, Outcome, Projection, Severity, episode_id
 
-__all__ = ["ConversationState", "Episode", "Outcome", "Statistics", "Step", "step"]
-
-Outcome = Literal["folded", "duplicate", "branch", "late", "unjudged", "learning"]
+__all__ = ["ConversationState", "Episode", "Statistics", "Step", "decode_state", "encode_state", "step"]
 
 REMEMBERED = 32  # ids, and turns behind the last one
 HASH_LENGTH = 8  # base64 characters: 48 bits, so that one event in 10^13 is mistaken for a duplicate
-RECENT = 16  # z-scores kept for display; the fold never reads them
 
 
 class Episode(Struct, frozen=True, array_like=True):
@@ -65,7 +63,7 @@ class Episode(Struct, frozen=True, array_like=True):
 
 
 class ConversationState(Struct, frozen=True, array_like=True):
-    """What is remembered of one conversation: under 1 KiB of JSON, however long it lasts.
+    """What is remembered of one conversation: a few hundred bytes, however long it lasts.
 
     Written as an array to stay small: new fields go at the end, with a default.
 
@@ -81,13 +79,16 @@ class ConversationState(Struct, frozen=True, array_like=True):
         seen_time: latest event time of any record.
         turns: bit i is set when turn `last_turn - i` has been folded.
         ids: short hashes of the last 32 ids, oldest first, 8 characters each.
-        recent: the last 16 z of the segment, rounded; for display only.
-        risk: largest statistic over its boundary, after the last folded response.
+        z: of the segment's last folded response; None before any.
+        risk: largest statistic over its boundary, after that response.
         outcome: of the last record that was no duplicate.
         episode: the open one.
         folded, duplicates, branches, late, unjudged, learning: records by outcome, over the whole conversation.
         lapsed: episodes that a new segment cut off.
         block: responses folded since the statistics last started anew.
+        started: event time of the first record, seconds since 1970.
+        truncated: whether that record was not turn 0, so that nobody here has seen how the conversation began.
+        lowest_z, highest_risk: over all folded responses, also those whose points a store no longer keeps.
     """
 
     segment: int = 0
@@ -102,7 +103,7 @@ class ConversationState(Struct, frozen=True, array_like=True):
     seen_time: float = 0.0
     turns: int = 0
     ids: str = ""
-    recent: tuple[float, ...] = ()
+    z: float | None = None
     risk: float = 0.0
     outcome: Outcome = "folded"
     episode: Episode | None = None
@@ -114,6 +115,28 @@ class ConversationState(Struct, frozen=True, array_like=True):
     learning: int = 0
     lapsed: int = 0
     block: int = 0
+    started: float = 0.0
+    truncated: bool = False
+    lowest_z: float | None = None
+    highest_risk: float | None = None
+
+
+_state_encoder = msgspec.msgpack.Encoder()
+_state_decoder = msgspec.msgpack.Decoder(ConversationState)
+
+
+def encode_state(state: ConversationState) -> bytes:
+    """A state as a store keeps it: MessagePack, a third smaller than JSON. Equal states are equal bytes."""
+    return _state_encoder.encode(state)
+
+
+def decode_state(data: bytes) -> ConversationState:
+    """Read what `encode_state` wrote.
+
+    Raises:
+        msgspec.MsgspecError: it is something else, or of a release to come.
+    """
+    return _state_decoder.decode(data)
 
 
 class Statistics(NamedTuple):
@@ -164,6 +187,8 @@ def step(state: ConversationState | None, projection: Projection, config: Detect
         ids=(before.ids + known)[-REMEMBERED * HASH_LENGTH :],
         deployment=projection.deployment,
         seen_time=max(before.seen_time, time),
+        started=time if state is None else before.started,
+        truncated=projection.turn > 0 if state is None else before.truncated,
     )
     if projection.axis_id != config.axis_id:
         return Step(replace(now, outcome="unjudged", unjudged=now.unjudged + 1), [], "unjudged", None, None)
@@ -237,12 +262,14 @@ def _fold(
         last_turn=max(now.last_turn, projection.turn),
         folded_time=time,
         turns=_with_turn(now.turns, now.last_turn, projection.turn),
-        recent=(*now.recent, round(z, 2))[-RECENT:],
+        z=z,
         risk=worst.risk,
         outcome="folded",
         episode=episode,
         folded=now.folded + 1,
         block=1 if anew else now.block + 1,
+        lowest_z=z if now.lowest_z is None else min(z, now.lowest_z),
+        highest_risk=worst.risk if now.highest_risk is None else max(worst.risk, now.highest_risk),
     )
     return Step(after, findings, "folded", z, worst.risk, statistics)
 
@@ -314,6 +341,10 @@ def _new_segment(state: ConversationState) -> ConversationState:
         unjudged=state.unjudged,
         learning=state.learning,
         lapsed=state.lapsed + (state.episode is not None),
+        started=state.started,
+        truncated=state.truncated,
+        lowest_z=state.lowest_z,
+        highest_risk=state.highest_risk,
     )
 
 

@@ -19,24 +19,46 @@ from msgspec import Struct
 from monitor.database import BUSY_SECONDS, Database
 from monitor.errors import LogError, LogUnavailable
 
-__all__ = ["DEAD_LETTERS", "PROJECTIONS", "EmbeddedLog", "Headers", "Log", "Message", "Record", "Span"]
+__all__ = [
+    "ACTIONS",
+    "DEAD_LETTERS",
+    "PROJECTIONS",
+    "Batch",
+    "EmbeddedLog",
+    "EmbeddedSubscription",
+    "Headers",
+    "Log",
+    "Message",
+    "Record",
+    "Span",
+    "Subscription",
+]
 
 PROJECTIONS = "anchorwatch.projections"
 DEAD_LETTERS = "anchorwatch.dead-letters"
+ACTIONS = "anchorwatch.actions"
 
 Headers = tuple[tuple[str, bytes], ...]
 
 
 class Message(Struct, frozen=True):
-    """What goes into the log. Messages of equal key keep their order."""
+    """What goes into the log. Messages of equal key keep their order.
+
+    Its partition is murmur2 of the key, as every Kafka client has it, unless `partition` names one: only a control
+    record does, which concerns a whole partition and no key.
+    """
 
     key: str
     value: bytes
     headers: Headers = ()
+    partition: int | None = None
 
 
 class Record(Struct, frozen=True):
-    """What comes out of the log: a message and its place. Offsets rise; in the embedded log without gaps."""
+    """What comes out of the log: a message and its place. Offsets rise; in the embedded log without gaps.
+
+    A foreign producer may have sent no key, or one that is no text: that comes out empty, with U+FFFD for what is none.
+    """
 
     topic: str
     partition: int
@@ -60,8 +82,12 @@ class Span(NamedTuple):
 class Log(Protocol):
     """Append-only records. Every method raises `LogUnavailable` where trying again may help, else `LogError`."""
 
-    def append(self, topic: str, messages: Sequence[Message]) -> None:
-        """Add them all, in order; they survive a power cut when this returns. Blocks until then."""
+    def append(self, topic: str, messages: Sequence[Message]) -> list[int]:
+        """Add them all, in order, and say at which offset of its partition each one lies. Blocks until they are safe.
+
+        Safe is what the backend means by it: flushed to disk, or acknowledged by all replicas in sync. After
+        `LogUnavailable` some may have been written: append them again, readers know an id that comes twice.
+        """
 
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Record]:
         """Up to `limit` records from `offset` on; an empty list when there is nothing new.
@@ -78,6 +104,44 @@ class Log(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+class Batch(NamedTuple):
+    """Consecutive records of one partition, at least one; `end` is the offset that its next record will get."""
+
+    partition: int
+    records: list[Record]
+    end: int
+
+
+class Subscription(Protocol):
+    """One worker's share of a topic. Raises as `Log` does. For one thread.
+
+    A partition that becomes this worker's own is at rest until it is sought; one that is taken away is simply gone from
+    `assigned`. Both happen inside `poll` only, so a worker that commits between two polls always owns what it commits.
+    """
+
+    def assigned(self) -> frozenset[int]:
+        """The partitions that are this worker's own, as of the last poll."""
+
+    def seek(self, partition: int, offset: int) -> None:
+        """Read on from here. Whether the log still holds it shows at the next poll."""
+
+    def rest(self, partition: int) -> None:
+        """Give out nothing of this partition until it is sought again. It stays this worker's own."""
+
+    def poll(self, limit: int, timeout: float) -> list[Batch]:
+        """What is new, at most `limit` records; waits up to `timeout` seconds for the first. Call it often, also when
+        all partitions are at rest: it is what keeps this worker in its group.
+
+        To poll again says that what was given out before has been dealt with; lag tools are told so.
+
+        Raises:
+            LogError: a sought offset is outside the log.
+        """
+
+    def close(self) -> None:
+        """Leave, so that another worker may take the partitions over at once."""
 
 
 _SCHEMA = """
@@ -130,10 +194,10 @@ class EmbeddedLog:
             busy_seconds=busy_seconds,
         )
 
-    def append(self, topic: str, messages: Sequence[Message]) -> None:
+    def append(self, topic: str, messages: Sequence[Message]) -> list[int]:
         """See `Log.append`."""
         if not messages:
-            return
+            return []
         now = self._clock()
         with self._database.write() as connection:
             connection.execute("INSERT OR IGNORE INTO topics VALUES (?, ?, 0, 0)", (topic, uuid.uuid4().hex))
@@ -146,6 +210,7 @@ class EmbeddedLog:
                 ),
             )
             connection.execute("UPDATE topics SET end_offset = ? WHERE topic = ?", (end + len(messages), topic))
+        return list(range(end, end + len(messages)))
 
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Record]:
         """See `Log.read`. Returns at once."""
@@ -211,3 +276,46 @@ class EmbeddedLog:
             "SELECT begin_offset, end_offset, topic_id FROM topics WHERE topic = ?", (topic,)
         ).fetchone()
         return Span(*row) if row else Span(0, 0, "")
+
+
+class EmbeddedSubscription:
+    """A `Subscription` to a topic of the embedded log: its one partition, for as long as it is open.
+
+    Two workers on one log are kept apart by the store, which refuses the one that has fallen behind.
+    """
+
+    def __init__(
+        self, log: Log, topic: str = PROJECTIONS, *, wait: Callable[[float], object] = time.sleep, step: float = 0.05
+    ) -> None:
+        """`wait` pauses for so many seconds; `step` is how often it looks for what is new."""
+        self._log = log
+        self._topic = topic
+        self._wait = wait
+        self._step = step
+        self._offset: int | None = None
+
+    def assigned(self) -> frozenset[int]:
+        """See `Subscription.assigned`."""
+        return frozenset({0})
+
+    def seek(self, partition: int, offset: int) -> None:  # noqa: ARG002
+        """See `Subscription.seek`."""
+        self._offset = offset
+
+    def rest(self, partition: int) -> None:  # noqa: ARG002
+        """See `Subscription.rest`."""
+        self._offset = None
+
+    def poll(self, limit: int, timeout: float) -> list[Batch]:
+        """See `Subscription.poll`."""
+        while True:
+            if self._offset is not None and (records := self._log.read(self._topic, 0, self._offset, limit)):
+                self._offset = records[-1].offset + 1
+                return [Batch(0, records, self._log.span(self._topic, 0).end)]
+            if timeout <= 0:
+                return []
+            self._wait(min(self._step, timeout))
+            timeout -= self._step
+
+    def close(self) -> None:
+        """See `Subscription.close`. The log stays open."""
