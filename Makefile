@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-EXTRAS := collect,smollm2,plot,audit,dev
+EXTRAS := collect,smollm2,plot,audit,service,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench clean
