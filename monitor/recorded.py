@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from monitor.batch import Poison, decode
 from monitor.database import sqlite_path
+from monitor.detect.baseline import DetectorConfig
 from monitor.errors import ConfigurationError, EventError
 from monitor.events import Projection, decode_projection
 from monitor.stream import open_log
@@ -93,8 +94,10 @@ def _read_topic(url: str, progress: Progress) -> Iterator[Recorded]:
                 if not records:
                     break
                 for record in records:
-                    # As a person counts: a dead letter's key has the offset itself.
-                    yield Recorded(f"{url} {PROJECTIONS}/{partition}", record.offset + 1, decode(record))
+                    event = decode(record)
+                    if not isinstance(event, DetectorConfig):  # whoever reads a recording says what judges it
+                        # As a person counts: a dead letter's key has the offset itself.
+                        yield Recorded(f"{url} {PROJECTIONS}/{partition}", record.offset + 1, event)
                 done += len(records)
                 offset = records[-1].offset + 1
                 progress(done, total)

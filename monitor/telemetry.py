@@ -24,7 +24,9 @@ __all__ = [
     "RESPONSES",
     "RESPONSES_UNSCORED",
     "TAP_ERRORS",
+    "WORKER_PARTITIONS",
     "WORKER_PAUSED",
+    "WORKER_WAITING",
     "configure_logging",
 ]
 
@@ -46,10 +48,12 @@ DEAD_LETTER_RECORDS = Counter(
 COMMITS = Counter("anchorwatch_commits_total", "Batches by result: committed or refused", ["result"], registry=REGISTRY)
 WORKER_PAUSED = Gauge(
     "anchorwatch_worker_paused",
-    "1 while a partition is not being read, by reason: poison or unavailable",
-    ["partition", "reason"],
+    "1 while a partition is not being read because most of it is poison",
+    ["partition"],
     registry=REGISTRY,
 )
+WORKER_WAITING = Gauge("anchorwatch_worker_waiting", "1 while log or store do not answer", registry=REGISTRY)
+WORKER_PARTITIONS = Gauge("anchorwatch_worker_partitions", "Partitions that are this worker's own", registry=REGISTRY)
 BATCH_SECONDS = Histogram(
     "anchorwatch_batch_seconds",
     "Seconds from reading a batch to its commit",

@@ -1,8 +1,8 @@
-"""The worker: poll a partition of the log, fold its records, commit what came of it together with the new position.
+"""The worker: poll a topic, fold its records, commit what came of them together with the partition's new position.
 
 It knows nothing of how the fold judges, nor of who is told. It may be killed at any moment: the position moves in the
 same transaction as everything else, so the next worker goes on exactly there. Poison goes to the dead letters before
-the position moves.
+the position moves; a dead letter's key says where its record lay, so that one which a crash wrote twice is still one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -19,42 +19,75 @@ import msgspec
 import structlog
 
 from monitor import telemetry
-from monitor.batch import Fold, Folded, Poison, decode, fold_batch, mostly_poison, to_commit, to_dead_letter
+from monitor.batch import (
+    Fold,
+    Folded,
+    Poison,
+    decode,
+    fold_batch,
+    misplaced,
+    mostly_poison,
+    to_commit,
+    to_dead_letter,
+)
 from monitor.detect.baseline import DetectorConfig
-from monitor.detect.conversation import ConversationState, Step, step
+from monitor.detect.conversation import ConversationState, Step, decode_state, step
 from monitor.errors import AnchorwatchError, CommitRefused, LogError, LogUnavailable, StoreError, StoreUnavailable
 from monitor.events import Projection
 from monitor.store.store import Position, Store
-from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Log, Record
+from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedSubscription, Log, Record, Subscription
 
-__all__ = ["Listener", "Worker", "run_workers", "stop_on_signals"]
+__all__ = ["Chore", "Listener", "Recorded", "Worker", "stop_on_signals"]
 
 Listener: TypeAlias = Callable[[Projection, Step], None]
+Chore: TypeAlias = Callable[[], object]
+Recorded: TypeAlias = Callable[[int, int], DetectorConfig | None]
 
-CACHED_CONVERSATIONS = 10_000
+CACHED_CONVERSATIONS = 100_000
 IDLE_SECONDS = 0.05
 FIRST_BACKOFF_SECONDS = 0.1
 LONGEST_BACKOFF_SECONDS = 10.0
 
-_state = msgspec.json.Decoder(ConversationState)
 _log = structlog.get_logger("anchorwatch.worker")
 
 
+class _Share:
+    """What the worker knows of one partition that is its own. Thrown away whenever the store may know better."""
+
+    def __init__(
+        self, position: Position | None, config: DetectorConfig, new_config: bool, topic_id: str, partitions: int
+    ) -> None:
+        self.expected = position
+        self.config = config
+        self.new_config = new_config  # the store does not have it yet
+        self.topic_id = topic_id
+        self.partitions = partitions
+        self.poison: tuple[bool, ...] = ()
+        self.cache: OrderedDict[str, ConversationState] = OrderedDict()
+
+
 class Worker:
-    """One partition of one topic, folded into one store.
+    """A share of one topic, folded into one store.
 
     Args:
         log, store: where records come from, and where results go. Another thread may use them too.
-        config: the frozen calibration.
-        topic, partition: what to read.
-        batch_size: most records in one commit.
+        config: the calibration, for a partition that has none in force yet. Where one is in force, in the store or by a
+            control record, that one judges.
+        subscription: what gives out the records; by default the topic's one partition in an embedded log.
+        topic: what is read.
+        batch_size: most records in one poll, and so in one commit.
+        cached_conversations: how many states are kept at hand.
+        recorded: given partition and offset, the calibration that operators have put into force there; asked where the
+            store has none, and the log's head, which had it, is gone.
+        chore: done between batches, such as closing the fleet's minutes; should be quick. What it raises is treated as
+            if the worker's own work had raised it.
         on_step: told of every committed response in log order. After a crash between commit and telling it is not told
             again, so it serves live displays, not alerts. What it raises is logged and counted.
         fold: the pure fold.
         clock: monotonic seconds, for the batch histogram only.
 
     Attributes:
-        paused: why it stopped reading until it is made anew, or None.
+        paused: partition → why nothing of it is read until the worker is started anew.
     """
 
     def __init__(
@@ -63,152 +96,236 @@ class Worker:
         store: Store,
         config: DetectorConfig,
         *,
+        subscription: Subscription | None = None,
         topic: str = PROJECTIONS,
-        partition: int = 0,
         batch_size: int = 500,
+        cached_conversations: int = CACHED_CONVERSATIONS,
+        recorded: Recorded | None = None,
+        chore: Chore | None = None,
         on_step: Listener | None = None,
         fold: Fold = step,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.topic = topic
-        self.partition = partition
-        self.paused: str | None = None
+        self.paused: dict[int, str] = {}
         self._log = log
         self._store = store
         self._config = config
+        self._subscription = subscription or EmbeddedSubscription(log, topic)
         self._batch_size = batch_size
+        self._cached_conversations = cached_conversations
+        self._recorded = recorded
+        self._chore = chore
         self._on_step = on_step
         self._fold = fold
         self._clock = clock
-        self._poison: tuple[bool, ...] = ()
-        self._next: int | None = None
-        self._expected: Position | None = None
-        self._cache: OrderedDict[str, ConversationState] = OrderedDict()
-        self._buried: set[str] = set()
+        self._shares: dict[int, _Share] = {}
+        self._assigned: frozenset[int] = frozenset()
+        self._partitions = 1
 
-    def run_once(self) -> int:
-        """Fold one batch. Returns how many records it took: 0 when nothing is new, when paused, or when refused.
+    def run_once(self, timeout: float = 0.0) -> int:
+        """Take what one poll gives, fold it, commit it. Returns how many records that were.
+
+        None come while nothing is new, while the partitions are paused, and after a refused commit. Waits up to
+        `timeout` seconds for the first one.
 
         Raises:
-            LogUnavailable, StoreUnavailable: nothing is lost; call again later.
+            LogUnavailable, StoreUnavailable: nothing is lost; call again later, and do call: it keeps this worker in
+                its group.
             LogError, StoreError: somebody must look: a stored position outside the log, a damaged file.
         """
-        if self.paused:
-            return 0
-        started = self._clock()
         try:
-            start = self._seek() if self._next is None else self._next
-            records = self._log.read(self.topic, self.partition, start, self._batch_size)
-            if not records:
-                telemetry.LAG.labels(self.partition).set(0)
-                return 0
-            span = self._log.span(self.topic, self.partition)
-            folded = self._fold_records(records)
-            self._bury(folded.dead)
-            self._store.commit(
-                to_commit(
-                    folded,
-                    topic=self.topic,
-                    partition=self.partition,
-                    topic_id=span.topic_id,
-                    expected=self._expected,
-                )
-            )
-        except CommitRefused as error:
-            self._drop()
-            telemetry.COMMITS.labels("refused").inc()
-            _log.warning("commit refused", topic=self.topic, partition=self.partition, problem=error.problem)
-            return 0
+            self._claim()
         except BaseException:
-            # After an unanswered commit nobody knows what was written: believe nothing, read it all again.
-            self._drop()
+            for partition in self._subscription.assigned():
+                self._drop(partition)
+            self._subscription.poll(self._batch_size, 0.0)  # all are at rest: this only keeps the place in the group
             raise
-        self._next = folded.offset
-        self._expected = Position(folded.offset, self._expected.revision if self._expected else 0)
-        self._poison = folded.poison
-        self._buried.clear()
-        self._keep(folded.states)
-        telemetry.BATCH_SECONDS.observe(self._clock() - started)
-        telemetry.LAG.labels(self.partition).set(span.end - folded.offset)
-        self._tell(folded)
-        if mostly_poison(folded.poison):
-            self._pause(folded)
-        return folded.offset - start
+        batches = self._subscription.poll(self._batch_size, timeout)
+        handled = 0
+        while batches:
+            batch = batches[0]
+            try:
+                handled += self._handle(batch)
+            except BaseException:
+                # After an unanswered commit nobody knows what was written; and what was polled with it is not folded.
+                for unread in batches:
+                    self._drop(unread.partition)
+                raise
+            batches = batches[1:]
+        if self._chore is not None:
+            self._chore()
+        return handled
 
-    def run(self, stop: threading.Event) -> None:
-        """Fold until `stop` is set; see `run_workers`."""
-        run_workers([self], stop)
+    def run(
+        self,
+        stop: threading.Event,
+        *,
+        idle_seconds: float = IDLE_SECONDS,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        """Fold until `stop` is set; the batch at hand is finished first.
 
-    def _drop(self) -> None:
-        """Forget all that the store knows better."""
-        self._next = None
-        self._expected = None
-        self._cache.clear()
-        self._buried.clear()
+        While log or store are away it waits from 0.1 up to 10 s between tries, at random between half and all of it so
+        that workers do not come back in step.
 
-    def _seek(self) -> int:
-        """Learn from the store where to go on; from the dead letters, what a predecessor buried but did not commit."""
-        self._expected = self._store.position(self.topic, self.partition)
-        span = self._log.span(self.topic, self.partition)
-        if self._expected is None and span.begin:
+        Raises:
+            LogError: every partition is paused; or as `run_once`, what waiting does not cure.
+        """
+        failures = 0
+        while not stop.is_set():
+            try:
+                handled = self.run_once(idle_seconds)
+            except (LogUnavailable, StoreUnavailable) as error:
+                failures += 1
+                telemetry.WORKER_WAITING.set(1)
+                stop.wait(_backoff(failures, error, jitter()))
+                continue
+            if failures:
+                _log.info("back again", failed_tries=failures)
+                telemetry.WORKER_WAITING.set(0)
+                failures = 0
+            assigned = self._subscription.assigned()
+            if assigned and assigned <= self.paused.keys():
+                raise self._all_paused()
+            if not handled and idle_seconds <= 0.0:
+                stop.wait(IDLE_SECONDS)
+
+    def _claim(self) -> None:
+        """Forget partitions that went to others; learn where to go on in those that came."""
+        assigned = self._subscription.assigned()
+        if assigned != self._assigned:
+            self._assigned = assigned
+            self._partitions = self._log.partitions(self.topic)
+            telemetry.WORKER_PARTITIONS.set(len(assigned))
+            if any(share.partitions != self._partitions for share in self._shares.values()):
+                self._shares.clear()  # keys are placed anew; the store refuses that, and says the cure
+        for partition in self._shares.keys() - assigned:
+            del self._shares[partition]
+        for partition in self.paused.keys() - assigned:
+            del self.paused[partition]  # whoever has it now finds out for itself
+            telemetry.WORKER_PAUSED.labels(partition).set(0)
+        for partition in sorted(assigned - self._shares.keys() - self.paused.keys()):
+            share, offset = self._open(partition)
+            self._subscription.seek(partition, offset)
+            self._shares[partition] = share
+
+    def _open(self, partition: int) -> tuple[_Share, int]:
+        position = self._store.position(self.topic, partition)
+        stored = self._store.config(self.topic, partition)
+        begin, _, topic_id = self._log.span(self.topic, partition)
+        if position is None and begin:
             _log.warning(
                 "the store is new and the log has been cut: conversations that began before are seen in part",
                 topic=self.topic,
-                partition=self.partition,
-                first_offset=span.begin,
+                partition=partition,
+                first_offset=begin,
             )
-        graves = self._log.span(DEAD_LETTERS, 0)
-        last = self._log.read(
-            DEAD_LETTERS, 0, max(graves.begin, graves.end - 2 * self._batch_size), 2 * self._batch_size
+        offset = position.offset if position else begin
+        if stored is not None:
+            config = DetectorConfig.from_json(stored)
+        else:
+            config = (self._recorded(partition, offset) if self._recorded else None) or self._config
+        if config.config_id != self._config.config_id:
+            _log.warning(
+                "another calibration is in force than the one given; the one in force judges",
+                partition=partition,
+                in_force=config.config_id,
+                given=self._config.config_id,
+                cure="to change it from now on: anchorwatch calibration activate",
+            )
+        return _Share(position, config, stored is None, topic_id, self._partitions), offset
+
+    def _drop(self, partition: int) -> None:
+        """Forget all that the store knows better, and read the partition's records again."""
+        self._subscription.rest(partition)
+        self._shares.pop(partition, None)
+
+    def _handle(self, batch: Batch) -> int:
+        """Fold and commit one batch. Returns how many of its records; 0 when the commit was refused."""
+        started = self._clock()
+        share = self._shares.get(batch.partition)
+        if share is None:  # refused or paused a moment ago, in the same poll
+            return 0
+        folded = self._fold_records(batch, share)
+        self._log.append(DEAD_LETTERS, [to_dead_letter(record, poison) for record, poison in folded.dead])
+        config = folded.config or share.config
+        commit = to_commit(
+            folded,
+            topic=self.topic,
+            partition=batch.partition,
+            topic_id=share.topic_id,
+            partitions=share.partitions,
+            expected=share.expected,
+            end=batch.end,
+            config=config if share.new_config or folded.config else None,
         )
-        self._buried = {record.key for record in last}
-        self._next = self._expected.offset if self._expected else span.begin
-        return self._next
+        try:
+            self._store.commit(commit)
+        except CommitRefused as error:
+            self._drop(batch.partition)
+            telemetry.COMMITS.labels("refused").inc()
+            _log.warning("commit refused", topic=self.topic, partition=batch.partition, problem=error.problem)
+            return 0
+        if folded.config:
+            _log.info("a calibration came into force", partition=batch.partition, config_id=config.config_id)
+        share.expected = Position(folded.offset, share.expected.revision if share.expected else 0)
+        share.config, share.new_config = config, False
+        share.poison = folded.poison
+        self._keep(share, folded.states)
+        telemetry.BATCH_SECONDS.observe(self._clock() - started)
+        telemetry.LAG.labels(batch.partition).set(max(0, batch.end - folded.offset))
+        self._tell(batch.partition, folded)
+        if mostly_poison(folded.poison):
+            self._pause(batch.partition, folded)
+        return sum(record.offset < folded.offset for record in batch.records) if folded.dead else len(batch.records)
 
-    def _fold_records(self, records: Sequence[Record]) -> Folded:
-        decoded = [(record, decode(record)) for record in records]
+    def _fold_records(self, batch: Batch, share: _Share) -> Folded:
+        decoded = [(record, decode(record)) for record in batch.records]
         wanted = {event.conversation_id for _, event in decoded if isinstance(event, Projection)}
-        states = {key: self._cache[key] for key in wanted if key in self._cache}
-        for key, data in self._store.load(sorted(wanted - states.keys())).items():
-            try:
-                states[key] = _state.decode(data)
-            except msgspec.MsgspecError as error:
-                raise StoreError(
-                    f"the stored state of a conversation can't be read: {error}",
-                    cure="run the Anchorwatch release that wrote it, or move the store aside to rebuild it",
-                ) from error
-        return fold_batch(decoded, states, self._poison, self._config, self._fold)
+        cache = share.cache
+        states = {key: cache[key] for key in wanted if key in cache}
+        unknown = wanted - states.keys()
+        foreign = misplaced(unknown, batch.partition, share.partitions)
+        if unknown - foreign:
+            for key, data in self._store.load(self.topic, batch.partition, sorted(unknown - foreign)).items():
+                try:
+                    states[key] = decode_state(data)
+                except msgspec.MsgspecError as error:
+                    raise StoreError(
+                        f"the stored state of a conversation can't be read: {error}",
+                        cure="run the Anchorwatch release that wrote it, or move the store aside to rebuild it",
+                    ) from error
+        return fold_batch(decoded, states, share.poison, share.config, self._fold, foreign)
 
-    def _bury(self, dead: Sequence[tuple[Record, Poison]]) -> None:
-        """Write poison to the dead letters, but what lies there already after a crash."""
-        letters = [to_dead_letter(record, poison) for record, poison in dead]
-        self._log.append(DEAD_LETTERS, [letter for letter in letters if letter.key not in self._buried])
-
-    def _keep(self, states: dict[str, ConversationState]) -> None:
+    def _keep(self, share: _Share, states: dict[str, ConversationState]) -> None:
+        cache = share.cache
         for key, state in states.items():
-            self._cache[key] = state
-            self._cache.move_to_end(key)
-        while len(self._cache) > CACHED_CONVERSATIONS:
-            self._cache.popitem(last=False)
+            cache[key] = state
+            cache.move_to_end(key)
+        most = max(self._cached_conversations // max(len(self._shares), 1), len(states))
+        while len(cache) > most:
+            cache.popitem(last=False)
 
-    def _tell(self, folded: Folded) -> None:
+    def _tell(self, partition: int, folded: Folded) -> None:
         """Count what has been committed, and show it to whoever watches live."""
         telemetry.COMMITS.labels("committed").inc()
-        for _, poison in folded.dead:
-            telemetry.DEAD_LETTER_RECORDS.labels(poison.reason).inc()
+        for reason, count in Counter([poison.reason for _, poison in folded.dead]).items():
+            telemetry.DEAD_LETTER_RECORDS.labels(reason).inc(count)
         if folded.dead:
             # One line a batch, and no details: those may quote the record, and stay in the dead letter.
             first, poison = folded.dead[0]
             _log.warning(
                 "dead letters",
                 topic=self.topic,
-                partition=self.partition,
+                partition=partition,
                 count=len(folded.dead),
                 first_offset=first.offset,
                 first_reason=poison.reason,
             )
+        for outcome, count in Counter([result.outcome for _, result in folded.steps]).items():
+            telemetry.RESPONSES.labels(outcome).inc(count)
         for projection, result in folded.steps:
-            telemetry.RESPONSES.labels(result.outcome).inc()
             for finding in result.findings:
                 telemetry.FINDINGS.labels(finding.kind, finding.severity).inc()
             if self._on_step is not None:
@@ -218,57 +335,31 @@ class Worker:
                     telemetry.LISTENER_ERRORS.inc()
                     _log.exception("a live display failed")
 
-    def _pause(self, folded: Folded) -> None:
-        self.paused = f"{sum(folded.poison)} of the last {len(folded.poison)} records were poison"
-        telemetry.WORKER_PAUSED.labels(self.partition, "poison").set(1)
+    def _pause(self, partition: int, folded: Folded) -> None:
+        self.paused[partition] = f"{sum(folded.poison)} of the last {len(folded.poison)} records were poison"
+        self._drop(partition)
+        telemetry.WORKER_PAUSED.labels(partition).set(1)
         _log.critical(
             "partition paused",
             topic=self.topic,
-            partition=self.partition,
+            partition=partition,
             offset=folded.offset,
-            why=self.paused,
+            why=self.paused[partition],
             last_reason=folded.dead[-1][1].reason,
+            cure=f"see `anchorwatch dead-letters list`; {_PAUSED_CURE}",
+        )
+
+    def _all_paused(self) -> LogError:
+        places = "; ".join(f"{self.topic}/{partition}: {why}" for partition, why in sorted(self.paused.items()))
+        return LogError(
+            f"every partition is paused ({places})", cure=f"read the reasons in {DEAD_LETTERS}. {_PAUSED_CURE}"
         )
 
 
-def run_workers(
-    workers: Sequence[Worker],
-    stop: threading.Event,
-    *,
-    idle_seconds: float = IDLE_SECONDS,
-    jitter: Callable[[], float] = random.random,
-) -> None:
-    """Run workers by turns until `stop` is set; the batch at hand is finished first. Waits only by `stop.wait`.
-
-    While log or store are away it waits from 0.1 up to 10 s between tries, at random between half and all of it so that
-    workers do not come back in step.
-
-    Raises:
-        LogError: every partition is paused; or as `Worker.run_once`, what waiting does not cure.
-    """
-    failures = 0
-    while not stop.is_set():
-        handled, unavailable = 0, None
-        for worker in workers:
-            gauge = telemetry.WORKER_PAUSED.labels(worker.partition, "unavailable")
-            try:
-                handled += worker.run_once()
-            except (LogUnavailable, StoreUnavailable) as error:
-                unavailable = error
-                gauge.set(1)
-            else:
-                gauge.set(0)
-        if all(worker.paused for worker in workers):
-            raise _all_paused(workers)
-        if unavailable is not None:
-            failures += 1
-            stop.wait(_backoff(failures, unavailable, jitter()))
-        else:
-            if failures:
-                _log.info("back again", failed_tries=failures)
-            failures = 0
-            if not handled:
-                stop.wait(idle_seconds)
+_PAUSED_CURE = (
+    "Stop the producer that writes them, or run the release that can read them; then start the worker again. "
+    "The dead letters hold the original bytes"
+)
 
 
 def _backoff(failures: int, error: AnchorwatchError, jitter: float) -> float:
@@ -277,15 +368,6 @@ def _backoff(failures: int, error: AnchorwatchError, jitter: float) -> float:
     if failures & (failures - 1) == 0:  # at 1, 2, 4, 8 … so that a long outage does not fill the log file
         _log.warning("waiting", problem=error.problem, cure=error.cure, failed_tries=failures)
     return longest * (0.5 + 0.5 * jitter)
-
-
-def _all_paused(workers: Sequence[Worker]) -> LogError:
-    places = "; ".join(f"{worker.topic}/{worker.partition}: {worker.paused}" for worker in workers)
-    return LogError(
-        f"every partition is paused ({places})",
-        cure=f"read the reasons in {DEAD_LETTERS}. Stop the producer that writes them, or run the release that can "
-        "read them; then start the worker again. The dead letters hold the original bytes",
-    )
 
 
 def stop_on_signals() -> threading.Event:
