@@ -161,7 +161,7 @@ class Finding(Struct, frozen=True, kw_only=True):
 
 
 def _finite(value: float, *maps: Mapping[str, float]) -> bool:
-    # A sum is finite only if its terms are, and is had in a tenth of the time. It may overflow, though: then look twice.
+    # A sum is finite only if its terms are, and is had in a tenth of the time. It may overflow: then look twice.
     if math.isfinite(value + sum([sum(m.values()) for m in maps])):
         return True
     return math.isfinite(value) and all(math.isfinite(v) for m in maps for v in m.values())

@@ -142,7 +142,8 @@ class Commit(Struct, frozen=True, kw_only=True):
         findings: in log order. One whose id is stored already is skipped, and so is its outbox row.
         counts: outcome → how many records had it; dead letters included.
         sums: what the batch adds to the fleet's minutes.
-        watermark: latest event time in the batch, seconds since 1970; the stored one never goes back. None: no response.
+        watermark: latest event time in the batch, seconds since 1970; the stored one never goes back. None: no
+            response.
         behind: whether the log holds more than this batch.
         config: the calibration in force from `offset` on, where a control record of this batch changed it, or nothing
             was stored yet.
@@ -293,7 +294,7 @@ class Fleet(Protocol):
 
 
 class Actions(Protocol):
-    """What operators did, folded from the compacted topic of actions: the newest value of each key. Raises as `Store`."""
+    """What operators did, folded from the compacted topic of actions: each key's newest value. Raises as `Store`."""
 
     def actions_offset(self, topic_id: str) -> int:
         """The next offset of that topic to fold; 0 when nothing was, or when it was of a topic with another id."""
