@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
@@ -22,7 +22,6 @@ from monitor import telemetry
 from monitor.batch import (
     Fold,
     Folded,
-    Poison,
     decode,
     fold_batch,
     misplaced,
@@ -35,7 +34,7 @@ from monitor.detect.conversation import ConversationState, Step, decode_state, s
 from monitor.errors import AnchorwatchError, CommitRefused, LogError, LogUnavailable, StoreError, StoreUnavailable
 from monitor.events import Projection
 from monitor.store.store import Position, Store
-from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedSubscription, Log, Record, Subscription
+from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedSubscription, Log, Subscription
 
 __all__ = ["Chore", "Listener", "Recorded", "Worker", "stop_on_signals"]
 

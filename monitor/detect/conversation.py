@@ -179,7 +179,7 @@ def step(state: ConversationState | None, projection: Projection, config: Detect
     """
     before = ConversationState() if state is None else state
     known = _id_hash(projection.id)
-    if known in _split(before.ids):
+    if known in before.ids and known in _split(before.ids):  # the first is cheap and nearly always enough
         return Step(replace(before, duplicates=before.duplicates + 1), [], "duplicate", None, None)
     time = _seconds(projection)
     now = replace(
@@ -276,9 +276,15 @@ def _fold(
 
 def _worst(statistics: Statistics, boundaries: Boundaries) -> _Worst:
     """The statistic with the largest ratio; among equals the first of level, drop, cusum, dip."""
-    limits = (boundaries.level, boundaries.drop, boundaries.cusum, boundaries.dip)
-    rows = zip(Statistics._fields, statistics, limits, strict=True)
-    return max((_Worst(name, value, limit, value / limit) for name, value, limit in rows), key=lambda row: row.risk)
+    level, drop, cusum, dip = statistics
+    worst = _Worst("level", level, boundaries.level, level / boundaries.level)
+    if (risk := drop / boundaries.drop) > worst.risk:
+        worst = _Worst("drop", drop, boundaries.drop, risk)
+    if (risk := cusum / boundaries.cusum) > worst.risk:
+        worst = _Worst("cusum", cusum, boundaries.cusum, risk)
+    if (risk := dip / boundaries.dip) > worst.risk:
+        worst = _Worst("dip", dip, boundaries.dip, risk)
+    return worst
 
 
 def _severity(statistics: Statistics, boundaries: Boundaries) -> Severity:
