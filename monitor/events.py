@@ -2,6 +2,7 @@
 
 It knows nothing of models, logs or stores. The wire format is one JSON object a record; unknown fields are ignored on
 read, so a newer collector may talk to an older worker; another major `version` is refused. Numbers must be finite.
+On Kafka a projection is a CloudEvent too: `headers` says which.
 
 Sign convention: the Assistant Axis points *towards* the Assistant, so a *low* projection is drift.
 """
@@ -33,10 +34,12 @@ __all__ = [
     "decode_projection",
     "encode",
     "episode_id",
+    "headers",
     "now_utc",
 ]
 
 SCHEMA_VERSION = "1.0"
+CLOUDEVENTS_TYPE = "anchorwatch.projection.v1"
 MAX_COORDINATES = 32
 MAX_ATTRIBUTES = 16
 _RFC3339_UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
@@ -107,9 +110,10 @@ class Projection(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.version.split(".", 1)[0] != SCHEMA_VERSION.split(".", 1)[0]:
-            raise ValueError(f"schema version {self.version!r} is not {SCHEMA_VERSION.split('.', 1)[0]}.x")
+            # A reason is logged and sent back to whoever posted the event, so it quotes nothing of it.
+            raise ValueError(f"the schema version is not {SCHEMA_VERSION.split('.', 1)[0]}.x")
         if not _RFC3339_UTC.fullmatch(self.time):
-            raise ValueError(f"time {self.time!r} is not RFC 3339 in UTC with a Z")
+            raise ValueError("the time is not RFC 3339 in UTC with a Z")
         if not _finite(self.projection, self.coordinates, self.prompt, self.windows.lowest, self.windows.last):
             raise ValueError("a projection or coordinate is not finite")
 
@@ -138,6 +142,8 @@ class Finding(Struct, frozen=True, kw_only=True):
         config_id: id of the frozen baseline and detector settings that judged.
         episode_id: hash of conversation, segment and the episode's first turn.
         nearest_roles: roles nearest to the response in persona space, nearest first.
+        identity: how sure the collector was whose conversation it is: `given`, `derived`, `weak`, `unlinked`; empty
+            where it did not say. A weak one may be two users' in one: it is shown, and pages nobody.
     """
 
     id: Identifier
@@ -157,6 +163,7 @@ class Finding(Struct, frozen=True, kw_only=True):
     config_id: str
     episode_id: str
     nearest_roles: list[str] = []
+    identity: AttributeValue = ""
     version: str = SCHEMA_VERSION
 
 
@@ -175,6 +182,22 @@ _encoder = msgspec.json.Encoder(order="sorted")
 def encode(event: Projection | Finding) -> bytes:
     """The event as canonical JSON: sorted keys, so that equal events are equal bytes."""
     return _encoder.encode(event)
+
+
+def headers(projection: Projection) -> tuple[tuple[str, bytes], ...]:
+    """What makes the encoded projection a CloudEvent 1.0 on Kafka, in binary mode: the value stays as it is.
+
+    The attributes are those of the CloudEvents specification, 1.0.2, named and encoded as its Kafka protocol binding,
+    §3.2, has it: `ce_` before each name, values in UTF-8, the media type of the value as `content-type`.
+    """
+    return (
+        ("content-type", b"application/json"),
+        ("ce_specversion", b"1.0"),
+        ("ce_type", CLOUDEVENTS_TYPE.encode()),
+        ("ce_source", projection.source.encode()),
+        ("ce_id", projection.id.encode()),
+        ("ce_time", projection.time.encode()),
+    )
 
 
 def decode_projection(data: bytes) -> Projection:
