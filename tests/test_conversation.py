@@ -150,6 +150,13 @@ def test_a_finding_carries_all_that_the_reader_needs() -> None:
     assert decode_finding(encode(finding)) == finding
 
 
+def test_a_finding_says_how_sure_the_collector_was_whose_conversation_it_is() -> None:
+    weak = replace(response(0, -2.5), attributes={"identity": "weak", "finish_reason": "stop"})
+    (finding,) = fold([weak])[0].findings
+    assert finding.identity == "weak"
+    assert findings(talk([-2.5]))[0].identity == ""
+
+
 def test_the_boundary_itself_alarms_and_just_inside_it_does_not() -> None:
     assert len(findings(talk([-2.0]))) == 1
     assert findings(talk([-1.999999])) == []

@@ -330,6 +330,7 @@ def _finding(
         config_id=config.config_id,
         episode_id=episode.id,
         nearest_roles=space.nearest(projection.coordinates) if space else [],
+        identity=projection.attributes.get("identity", ""),
     )
 
 
