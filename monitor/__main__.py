@@ -24,6 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from monitor import telemetry
 from monitor.errors import AnchorwatchError, ConfigurationError
+from monitor.service import replay as replay_command
+from monitor.service import worker as worker_command
 from monitor.settings import load_settings
 
 __all__ = ["app", "main"]
@@ -39,6 +41,8 @@ axis_app = typer.Typer(
     help="The instrument: build, show, check, calibrate and import axis bundles.", no_args_is_help=True
 )
 app.add_typer(axis_app, name="axis")
+app.command("worker")(worker_command)
+app.command("replay")(replay_command)
 
 _stderr = Console(stderr=True)
 
@@ -101,37 +105,6 @@ def demo(
     )
     if as_json:
         print(json.dumps(result))
-
-
-@app.command()
-def worker(
-    bundle: BundleName = "smollm2",
-    calibration: Annotated[
-        Path | None, typer.Option(help="What `anchorwatch calibrate` wrote. [default: the bundle's own calibration]")
-    ] = None,
-) -> None:
-    """Fold projections from the log into the store until SIGTERM or Ctrl-C."""
-    from msgspec.structs import replace
-    from prometheus_client import start_http_server
-
-    from monitor.store import open_store
-    from monitor.stream import open_log
-    from monitor.worker import Worker, stop_on_signals
-
-    settings = load_settings()
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    config = _detector(bundle if calibration is None else str(calibration))
-    config = replace(config, session_gap_seconds=settings.session_gap_seconds)
-    stop = stop_on_signals()
-    if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
-    log, store = open_log(settings.log_url), open_store(settings.store_url)
-    _stderr.print(f"Folding {settings.log_url} into {settings.store_url}; config {config.config_id}", highlight=False)
-    try:
-        Worker(log, store, config, batch_size=settings.batch_size).run(stop)
-    finally:
-        log.close()
-        store.close()
 
 
 @app.command()
@@ -330,8 +303,9 @@ def backtest(
     from msgspec.structs import replace
 
     from monitor.backtest import compared, print_compared, read_verdicts, replay
+    from monitor.connect import calibration
 
-    configs = {name: _detector(name) for name in config}
+    configs = {name: calibration(name) for name in config}
     if len(configs) < len(config):
         raise ConfigurationError("a --config is given twice", cure="give each one once")
     labels = read_verdicts(verdicts) if verdicts is not None else None
@@ -356,24 +330,6 @@ def backtest(
     _say_unread(unread)
     report = compared(dict(zip(configs, outcomes, strict=True)), configs, labels)
     print(json.dumps(report)) if as_json else print_compared(report, Console())
-
-
-def _detector(name: str) -> Any:
-    """A calibration file, or a bundle's own configuration."""
-    from monitor.axis.bundle import load_bundle, resolve_bundle
-    from monitor.detect.baseline import DetectorConfig
-    from monitor.detect.configure import detector_config
-
-    path = Path(name)
-    if path.is_file() or path.suffix == ".json":
-        try:
-            return DetectorConfig.from_json(path.read_bytes())
-        except OSError as error:
-            raise ConfigurationError(
-                f"the calibration {path} can't be read: {error.strerror}",
-                cure="give the file of `anchorwatch calibrate`",
-            ) from error
-    return detector_config(load_bundle(resolve_bundle(name)))
 
 
 @contextmanager

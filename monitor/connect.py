@@ -1,14 +1,26 @@
-"""From the settings to an open log, store and subscription. It knows where each setting goes, and no more."""
+"""From the settings to an open log, store and subscription, and from a name to a calibration.
+
+It knows where each setting goes, and no more.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from msgspec.structs import replace
+
+from monitor.axis.bundle import load_bundle, resolve_bundle
+from monitor.detect.baseline import DetectorConfig
+from monitor.detect.configure import detector_config
+from monitor.errors import ConfigurationError
 from monitor.settings import Settings
 from monitor.store import open_store
 from monitor.store.sqlite import SqliteStore
 from monitor.stream import open_log
 from monitor.stream.log import PROJECTIONS, EmbeddedSubscription, Log, Subscription
 
-__all__ = ["log", "store", "subscription"]
+__all__ = ["calibration", "log", "shown", "store", "subscription"]
 
 
 def log(settings: Settings) -> Log:
@@ -24,3 +36,29 @@ def store(settings: Settings) -> SqliteStore:
 def subscription(settings: Settings, log: Log, topic: str = PROJECTIONS) -> Subscription:  # noqa: ARG001
     """This worker's share of a topic of that log."""
     return EmbeddedSubscription(log, topic)
+
+
+def calibration(name: str, settings: Settings | None = None) -> DetectorConfig:
+    """A calibration file's, or a bundle's own, by the bundle's name or folder; with the settings' session gap.
+
+    Raises:
+        ConfigurationError, BundleError: it can't be read, or is none.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix == ".json":
+        try:
+            config = DetectorConfig.from_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigurationError(
+                f"the calibration {path} can't be read: {error.strerror}",
+                cure="give the file of `anchorwatch calibrate`",
+            ) from error
+    else:
+        config = detector_config(load_bundle(resolve_bundle(name)))
+    return config if settings is None else replace(config, session_gap_seconds=settings.session_gap_seconds)
+
+
+def shown(url: str) -> str:
+    """A URL for people: without the password that it may hold."""
+    parts = urlsplit(url)
+    return url if parts.password is None else url.replace(f":{parts.password}@", ":***@", 1)
