@@ -10,10 +10,8 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import msgspec
-
 from monitor.detect.baseline import Baseline, Boundaries, DetectorConfig, Readout
-from monitor.detect.conversation import ConversationState, step
+from monitor.detect.conversation import ConversationState, encode_state, step
 from monitor.errors import EventError
 from monitor.events import Finding, Projection, Windows, decode_projection, encode
 from monitor.store.sqlite import SqliteStore
@@ -109,7 +107,7 @@ class Oracle:
             self.counts[outcome] = self.counts.get(outcome, 0) + 1
 
     def encoded_states(self) -> dict[str, bytes]:
-        return {key: msgspec.json.encode(state) for key, state in self.states.items()}
+        return {key: encode_state(state) for key, state in self.states.items()}
 
 
 def main() -> None:
