@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := collect,smollm2,plot,audit,service,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench secrets clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name what; \
@@ -43,6 +43,11 @@ check: $(INSTALLED)  ## lint, formatting, types and import floors
 
 bench: $(INSTALLED)  ## what the tap costs: decode throughput with it over without it
 	$(BIN)/python -m benchmarks.tap --json $(ARGS)
+
+secrets:  ## make the passwords for docker-compose.yml that deploy/secrets lacks
+	@chmod 700 deploy/secrets
+	@test -e deploy/secrets/redis_password || \
+	  (umask 333; $(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > deploy/secrets/redis_password)
 
 clean:  ## remove .venv and everything that was built or cached in this folder
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
