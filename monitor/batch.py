@@ -20,6 +20,7 @@ from monitor.events import Projection, decode_projection
 from monitor.placement import partition_of
 from monitor.store.store import Commit, Position, Session, TrajectoryPoint
 from monitor.stream.log import Message, Record
+from monitor.sums import minute_sums, watermark
 
 __all__ = [
     "Decoded",
@@ -172,6 +173,7 @@ def to_commit(
     expected: Position | None,
     end: int,
     config: DetectorConfig | None,
+    now: float,
 ) -> Commit:
     """Everything that a batch came to, for one transaction.
 
@@ -180,10 +182,10 @@ def to_commit(
         topic, partition, topic_id, partitions, expected: as `Commit` has them.
         end: the next offset of the partition, to say whether more is waiting.
         config: the calibration to store as the one in force after this batch; None to leave what is stored.
+        now: the wall clock, seconds since 1970. It bounds the watermark, and nothing else depends on it.
     """
     sessions: dict[str, tuple[Projection, Step]] = {}
     points: dict[str, list[TrajectoryPoint]] = {}
-    watermark: float | None = None
     for projection, step in folded.steps:
         if step.outcome != "duplicate":
             key = projection.conversation_id
@@ -193,8 +195,6 @@ def to_commit(
                 points[key].append(point)
             else:
                 points[key] = [point]
-            if watermark is None or step.state.seen_time > watermark:
-                watermark = step.state.seen_time
     counts = Counter[str]([step.outcome for _, step in folded.steps])
     if folded.dead:
         counts[DEAD_LETTER] = len(folded.dead)
@@ -210,7 +210,8 @@ def to_commit(
         points=points,
         findings=[finding for _, step in folded.steps for finding in step.findings],
         counts=dict(counts),
-        watermark=watermark,
+        sums=minute_sums(folded.steps),
+        watermark=watermark(folded.steps, now),
         behind=end > folded.offset,
         config=config.to_json() if config is not None else None,
     )

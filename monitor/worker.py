@@ -84,6 +84,7 @@ class Worker:
             again, so it serves live displays, not alerts. What it raises is logged and counted.
         fold: the pure fold.
         clock: monotonic seconds, for the batch histogram only.
+        wall_clock: seconds since 1970; it bounds how far in event time a partition may claim to be.
 
     Attributes:
         paused: partition → why nothing of it is read until the worker is started anew.
@@ -104,6 +105,7 @@ class Worker:
         on_step: Listener | None = None,
         fold: Fold = step,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.topic = topic
         self.paused: dict[int, str] = {}
@@ -118,6 +120,7 @@ class Worker:
         self._on_step = on_step
         self._fold = fold
         self._clock = clock
+        self._wall_clock = wall_clock
         self._shares: dict[int, _Share] = {}
         self._assigned: frozenset[int] = frozenset()
         self._partitions = 1
@@ -258,6 +261,7 @@ class Worker:
             expected=share.expected,
             end=batch.end,
             config=config if share.new_config or folded.config else None,
+            now=self._wall_clock(),
         )
         try:
             self._store.commit(commit)
