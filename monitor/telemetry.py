@@ -15,11 +15,18 @@ __all__ = [
     "BATCH_SECONDS",
     "COMMITS",
     "DEAD_LETTER_RECORDS",
+    "DUTY_FAILURES",
     "FINDINGS",
+    "HOUSEKEEPER",
     "LAG",
     "LISTENER_ERRORS",
     "PUBLISHER_DROPPED",
     "PUBLISHER_QUEUE_DEPTH",
+    "PUBLISHER_RESENT",
+    "PUBLISHER_SPOOLED",
+    "PUBLISHER_SPOOLS_DAMAGED",
+    "PUBLISHER_SPOOL_BYTES",
+    "PUBLISHER_SPOOL_RECORDS",
     "REGISTRY",
     "RESPONSES",
     "RESPONSES_UNSCORED",
@@ -61,6 +68,13 @@ BATCH_SECONDS = Histogram(
     registry=REGISTRY,
 )
 LAG = Gauge("anchorwatch_lag_records", "Records in the log that are not folded yet", ["partition"], registry=REGISTRY)
+HOUSEKEEPER = Gauge("anchorwatch_housekeeper", "1 in the one worker that keeps house for all", registry=REGISTRY)
+DUTY_FAILURES = Counter(
+    "anchorwatch_duty_failures_total",
+    "Duties of the housekeeper that failed and are tried again",
+    ["duty"],
+    registry=REGISTRY,
+)
 LISTENER_ERRORS = Counter(
     "anchorwatch_listener_errors_total", "Live displays that failed on a committed response", registry=REGISTRY
 )
@@ -74,6 +88,21 @@ PUBLISHER_DROPPED = Counter(
 )
 PUBLISHER_QUEUE_DEPTH = Gauge(
     "anchorwatch_publisher_queue_depth", "Projections waiting to be written to the log", registry=REGISTRY
+)
+PUBLISHER_SPOOLED = Counter(
+    "anchorwatch_publisher_spooled_total", "Projections put into the disk spool", registry=REGISTRY
+)
+PUBLISHER_RESENT = Counter(
+    "anchorwatch_publisher_resent_total", "Projections that reached the log from the disk spool", registry=REGISTRY
+)
+PUBLISHER_SPOOL_RECORDS = Gauge(
+    "anchorwatch_publisher_spool_records", "Projections waiting in the disk spool", registry=REGISTRY
+)
+PUBLISHER_SPOOL_BYTES = Gauge(
+    "anchorwatch_publisher_spool_bytes", "Size of the disk spool's file and journal", registry=REGISTRY
+)
+PUBLISHER_SPOOLS_DAMAGED = Counter(
+    "anchorwatch_publisher_spools_damaged_total", "Disk spools that were damaged and moved aside", registry=REGISTRY
 )
 TAP_ERRORS = Counter(
     "anchorwatch_tap_errors_total", "Exceptions inside the tap, which then disables itself", registry=REGISTRY

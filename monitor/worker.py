@@ -36,10 +36,9 @@ from monitor.events import Projection
 from monitor.store.store import Position, Store
 from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedSubscription, Log, Subscription
 
-__all__ = ["Chore", "Listener", "Recorded", "Worker", "stop_on_signals"]
+__all__ = ["Listener", "Recorded", "Worker", "stop_on_signals"]
 
 Listener: TypeAlias = Callable[[Projection, Step], None]
-Chore: TypeAlias = Callable[[], object]
 Recorded: TypeAlias = Callable[[int, int], DetectorConfig | None]
 
 CACHED_CONVERSATIONS = 100_000
@@ -78,8 +77,6 @@ class Worker:
         cached_conversations: how many states are kept at hand.
         recorded: given partition and offset, the calibration that operators have put into force there; asked where the
             store has none, and the log's head, which had it, is gone.
-        chore: done between batches, such as closing the fleet's minutes; should be quick. What it raises is treated as
-            if the worker's own work had raised it.
         on_step: told of every committed response in log order. After a crash between commit and telling it is not told
             again, so it serves live displays, not alerts. What it raises is logged and counted.
         fold: the pure fold.
@@ -101,7 +98,6 @@ class Worker:
         batch_size: int = 500,
         cached_conversations: int = CACHED_CONVERSATIONS,
         recorded: Recorded | None = None,
-        chore: Chore | None = None,
         on_step: Listener | None = None,
         fold: Fold = step,
         clock: Callable[[], float] = time.monotonic,
@@ -116,7 +112,6 @@ class Worker:
         self._batch_size = batch_size
         self._cached_conversations = cached_conversations
         self._recorded = recorded
-        self._chore = chore
         self._on_step = on_step
         self._fold = fold
         self._clock = clock
@@ -155,8 +150,6 @@ class Worker:
                     self._drop(unread.partition)
                 raise
             batches = batches[1:]
-        if self._chore is not None:
-            self._chore()
         return handled
 
     def run(
