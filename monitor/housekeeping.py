@@ -1,7 +1,7 @@
 """What one worker of an installation does for all of them, in a thread of its own: it keeps house.
 
-Every worker offers itself; the one that holds the lease does the duties. The lease only saves work: each duty commits by
-compare-and-set, and is right when two do it at once. It knows no duty by itself, nor what a failed one means.
+Every worker offers itself; the one that holds the lease does the duties. The lease only saves work: each duty commits
+by compare-and-set, and is right when two do it at once. It knows no duty by itself, nor what a failed one means.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ def _attempt(name: str, do: Callable[[], object], failing: dict[str, str]) -> No
     except CommitRefused:
         pass  # another housekeeper was faster
     except Exception as error:
+        told = isinstance(error, AnchorwatchError)
         problem = error.problem if isinstance(error, AnchorwatchError) else type(error).__name__
+        cure = error.cure if isinstance(error, AnchorwatchError) else "a fault of this release: report it"
         telemetry.DUTY_FAILURES.labels(name).inc()
         if failing.get(name) != problem:
-            cure = error.cure if isinstance(error, AnchorwatchError) else "a fault of this release: report it"
-            _log.error("a duty failed; it is tried again", duty=name, problem=problem, cure=cure)
+            _log.error("a duty failed; it is tried again", duty=name, problem=problem, cure=cure, exc_info=not told)
         failing[name] = problem
         return
     if failing.pop(name, None):
