@@ -23,7 +23,7 @@ from rich.text import Text
 
 from collectors.models import load_model
 from collectors.overhead import measure_overhead
-from collectors.publish import QueuePublisher
+from collectors.publish import open_publisher
 from collectors.traffic import DRIFTING, HEALTHY, Reply, Script, load_scripts, play
 from collectors.watch import watch
 from monitor.axis.bundle import load_bundle, resolve_bundle
@@ -31,6 +31,7 @@ from monitor.detect.configure import detector_config
 from monitor.detect.conversation import Step
 from monitor.errors import ConfigurationError
 from monitor.events import Finding, Projection
+from monitor.settings import load_settings
 from monitor.store.sqlite import SqliteStore
 from monitor.stream.log import EmbeddedLog
 from monitor.worker import Worker, run_workers
@@ -250,7 +251,7 @@ def run_demo(
             started = time.monotonic()
             try:
                 with (
-                    QueuePublisher(log) as publisher,
+                    open_publisher(log, load_settings()) as publisher,
                     watch(loaded.model, loaded.tokenizer, axis, publisher) as watched,
                 ):
                     play(loaded, watched, talks, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=on_reply)

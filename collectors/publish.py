@@ -1,7 +1,8 @@
 """A bounded queue in front of the log, so that generation never waits for it. It knows nothing of models.
 
 `publish` hands a projection over and returns; one thread writes batches. When the log is away or slow the queue fills,
-and what happens then was chosen: drop the newest, drop the oldest, or block. Drops are counted, never silent.
+and what happens then was chosen: drop the newest, drop the oldest, block, or keep them in a spool on disk until the log
+is back. Drops are counted, never silent.
 """
 
 from __future__ import annotations
@@ -9,20 +10,29 @@ from __future__ import annotations
 import atexit
 import time
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 from threading import Condition, Thread
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import structlog
 
 from monitor import telemetry
+from monitor.envelope import message_of
 from monitor.errors import AnchorwatchError, ConfigurationError, LogUnavailable
-from monitor.events import Projection, encode
+from monitor.events import Projection
+from monitor.settings import Settings
 from monitor.stream.log import PROJECTIONS, Log, Message
 
-__all__ = ["Publisher", "QueuePublisher", "WhenFull"]
+if TYPE_CHECKING:
+    from collectors.resend import ResendingLog
 
-WhenFull = Literal["drop_newest", "drop_oldest", "block"]
-Reason = Literal["full", "closed", "log", "invalid"]
+__all__ = ["Publisher", "QueuePublisher", "WhenFull", "open_publisher"]
+
+WhenFull = Literal["drop_newest", "drop_oldest", "block", "spool"]
+Reason = Literal["full", "spool", "closed", "log", "invalid"]
+
+SPOOL_BYTES = 2**30
 
 BATCH = 500
 FIRST_RETRY_SECONDS = 0.1
@@ -45,21 +55,40 @@ class QueuePublisher:
         log: where to write.
         size: projections held in memory at most, those being written included.
         when_full: what gives way when the queue is full. What is being written can't any more: where the queue is
-            nothing else, "drop_oldest" drops the newest.
+            nothing else, "drop_oldest" drops the newest. With "spool" what the log does not take goes to disk, and the
+            newest are dropped when the disk takes no more either.
         topic: the log's topic.
+        spool: directory of the spool; it belongs to one process at a time.
+        spool_bytes: most that the spool may hold.
 
     Attributes:
         dropped: how many were dropped, for whatever reason.
 
     Use as a context manager, or call `close`, which flushes; so does an orderly end of the process. Make it after a
     fork: threads do not survive one.
+
+    What a spool holds outlives the process, and is sent before anything else by the next one; beside the queue, one
+    batch of it is in memory. What has only been queued is lost with a process that is killed: that is what came while
+    the log was believed to be there, so at most what comes during one unanswered write.
+
+    Raises:
+        ConfigurationError: no room at all, or a spool that can't be made or is another process's.
     """
 
     def __init__(
-        self, log: Log, *, size: int = 10_000, when_full: WhenFull = "drop_newest", topic: str = PROJECTIONS
+        self,
+        log: Log,
+        *,
+        size: int = 10_000,
+        when_full: WhenFull = "drop_newest",
+        topic: str = PROJECTIONS,
+        spool: Path | None = None,
+        spool_bytes: int = SPOOL_BYTES,
     ) -> None:
         if size < 1:
             raise ConfigurationError(f"the queue's size is {size}", cure="ANCHORWATCH_QUEUE_SIZE must be at least 1")
+        if (when_full == "spool") != (spool is not None):
+            raise ConfigurationError("a spool and when_full = spool go together", cure="give both, or neither")
         self.dropped = 0
         self._lost = 0  # dropped after they had been taken
         self._log = log
@@ -67,10 +96,14 @@ class QueuePublisher:
         self._when_full = when_full
         self._topic = topic
         self._waiting: deque[Message] = deque()
-        self._writing = 0
+        self._writing: list[Message] = []
         self._closing = False
+        self._kept = False  # what is being written at the end is on disk, whatever comes of it
         self._deadline = float("inf")
         self._changed = Condition()
+        self._resending: ResendingLog | None = None
+        if spool is not None:
+            self._resending = _resending(log, topic, spool, spool_bytes, self._refused)
         self._thread = Thread(target=self._run, name="anchorwatch-publisher", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -84,20 +117,20 @@ class QueuePublisher:
     def publish(self, projection: Projection) -> bool:
         """Queue one projection. Waits only where `when_full` is "block"."""
         try:
-            message = Message(key=projection.conversation_id, value=encode(projection))
+            message = message_of(projection)
         except Exception as error:  # such as half a surrogate pair in a name: it must not stop the line behind it
             _log.error("a projection can't be encoded", error=type(error).__name__)
             with self._changed:
                 return self._drop("invalid")
         with self._changed:
-            while not self._closing and len(self._waiting) + self._writing >= self._size:
+            while not self._closing and len(self._waiting) + len(self._writing) >= self._size:
                 if self._when_full == "block":
                     self._changed.wait()
                 elif self._when_full == "drop_oldest" and self._waiting:
                     self._waiting.popleft()
                     self._drop("full")
                 else:
-                    return self._drop("full")
+                    return self._drop("spool" if self._resending and self._resending.full else "full")
             if self._closing:
                 return self._drop("closed")
             self._waiting.append(message)
@@ -105,16 +138,19 @@ class QueuePublisher:
             return True
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Wait until everything taken so far is written; False when it was not in `timeout` seconds, or was lost."""
+        """Wait until the log has everything taken so far; False when it has not in `timeout` seconds, or never will."""
+        deadline = time.monotonic() + timeout
         with self._changed:
             lost = self._lost
             done = self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
-            return done and self._lost == lost
+        if done and self._resending:
+            done = self._resending.flush(max(0.0, deadline - time.monotonic()))
+        return done and self._lost == lost
 
     def close(self, timeout: float = 10.0) -> None:
-        """Write what is queued, for at most `timeout` seconds; what is left then is dropped, and counted.
+        """Write what is queued, for at most `timeout` seconds; what is left then stays in the spool, or is dropped.
 
-        A batch that the log is writing at that moment is neither: it is counted when the log answers.
+        Without a spool, a batch that the log is writing at that moment is neither: it is counted when the log answers.
         """
         atexit.unregister(self.close)
         with self._changed:
@@ -122,11 +158,32 @@ class QueuePublisher:
             self._deadline = min(self._deadline, time.monotonic() + timeout)
             self._tell()
         self._thread.join(timeout)
+        if self._resending:
+            self._leave(self._resending)
+            self._resending.close(max(0.0, self._deadline - time.monotonic()))
         with self._changed:
             while self._waiting:
                 self._waiting.popleft()
-                self._drop("closed")
+                self._drop("spool" if self._resending else "closed")
             self._tell()
+
+    def _leave(self, resending: ResendingLog) -> None:
+        """Keep on disk what is left in memory. What the log is writing at the moment may then come twice."""
+        with self._changed:
+            left = [*self._writing, *self._waiting]
+        try:
+            if left:
+                resending.keep(left)
+        except AnchorwatchError:
+            return
+        with self._changed:
+            self._kept = True
+            self._waiting.clear()
+
+    def _refused(self, count: int) -> None:
+        with self._changed:
+            for _ in range(count):
+                self._drop("log")
 
     def _drop(self, reason: Reason) -> bool:
         self.dropped += 1
@@ -135,7 +192,7 @@ class QueuePublisher:
         return False
 
     def _tell(self) -> None:
-        telemetry.PUBLISHER_QUEUE_DEPTH.set(len(self._waiting) + self._writing)
+        telemetry.PUBLISHER_QUEUE_DEPTH.set(len(self._waiting) + len(self._writing))
         self._changed.notify_all()
 
     def _run(self) -> None:
@@ -145,13 +202,13 @@ class QueuePublisher:
                 if not self._waiting or time.monotonic() >= self._deadline:
                     return
                 batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-                self._writing = len(batch)
+                self._writing = batch
             written = self._write(batch)
             with self._changed:
-                self._writing = 0
-                if not written:
+                self._writing = []
+                if not written and not self._kept:
                     for _ in batch:
-                        self._drop("log")
+                        self._drop("spool" if self._resending else "log")
                 self._tell()
 
     def _write(self, batch: list[Message]) -> bool:
@@ -159,7 +216,10 @@ class QueuePublisher:
         pause = FIRST_RETRY_SECONDS
         while True:
             try:
-                self._log.append(self._topic, batch)
+                if self._resending:
+                    self._resending.append(batch)
+                else:
+                    self._log.append(self._topic, batch)
                 return True
             except LogUnavailable as error:
                 _log.warning(
@@ -179,3 +239,25 @@ class QueuePublisher:
             if self._closing:
                 time.sleep(min(FIRST_RETRY_SECONDS, left))
             pause = min(pause * 2, LONGEST_RETRY_SECONDS)
+
+
+def open_publisher(log: Log, settings: Settings) -> QueuePublisher:
+    """The publisher that the settings ask for.
+
+    Raises:
+        ConfigurationError: see `QueuePublisher`.
+    """
+    return QueuePublisher(
+        log,
+        size=settings.queue_size,
+        when_full=settings.when_full,
+        spool=settings.spool_dir if settings.when_full == "spool" else None,
+        spool_bytes=settings.spool_max_bytes,
+    )
+
+
+def _resending(log: Log, topic: str, directory: Path, max_bytes: int, refused: Callable[[int], None]) -> ResendingLog:
+    from collectors.resend import ResendingLog  # file locks are POSIX's: only who spools needs them
+    from collectors.spool import Spool
+
+    return ResendingLog(log, topic, Spool(directory, max_bytes), refused)

@@ -87,10 +87,18 @@ class Settings(BaseSettings):
     queue_size: int = Field(
         default=10_000, ge=1, le=10_000_000, description="How many projections a collector may hold in memory."
     )
-    when_full: Literal["drop_newest", "drop_oldest", "block"] = Field(
+    when_full: Literal["drop_newest", "drop_oldest", "block", "spool"] = Field(
         default="drop_newest",
-        description="What a collector does when its queue is full: drop_newest, drop_oldest, or block, which slows "
-        "generation down.",
+        description="What a collector does when its queue is full: drop_newest, drop_oldest, block, which slows "
+        "generation down, or spool, which keeps on disk what the log does not take.",
+    )
+    spool_dir: Path | None = Field(
+        default=None,
+        description="Directory of a collector's spool, on a local disk; each collector needs its own. By default spool "
+        "in the data directory.",
+    )
+    spool_max_bytes: int = Field(
+        default=2**30, ge=2**20, description="How large a collector's spool may grow; a projection takes about 1.5 KB."
     )
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="Port of the Prometheus metrics. By default they are not served."
@@ -114,6 +122,7 @@ class Settings(BaseSettings):
         self.data_dir = self.data_dir.expanduser().absolute()
         self.log_url = self.log_url or sqlite_url(self.data_dir / "log.db")
         self.store_url = self.store_url or sqlite_url(self.data_dir / "store.db")
+        self.spool_dir = (self.spool_dir or self.data_dir / "spool").expanduser().absolute()
         if self.log_url == self.store_url:
             raise ValueError("log_url and store_url name one file; give each its own")
         return self

@@ -13,13 +13,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 __all__ = [
     "BATCH_SECONDS",
+    "CHANNEL_FAILURES",
     "COMMITS",
     "DEAD_LETTER_RECORDS",
     "DUTY_FAILURES",
     "FINDINGS",
     "HOUSEKEEPER",
+    "KEPT",
     "LAG",
     "LISTENER_ERRORS",
+    "OUTBOX_OLDEST_SECONDS",
+    "OUTBOX_PENDING",
     "PUBLISHER_DROPPED",
     "PUBLISHER_QUEUE_DEPTH",
     "PUBLISHER_RESENT",
@@ -31,6 +35,7 @@ __all__ = [
     "RESPONSES",
     "RESPONSES_UNSCORED",
     "TAP_ERRORS",
+    "TOLD",
     "WORKER_PARTITIONS",
     "WORKER_PAUSED",
     "WORKER_WAITING",
@@ -77,6 +82,26 @@ DUTY_FAILURES = Counter(
 )
 LISTENER_ERRORS = Counter(
     "anchorwatch_listener_errors_total", "Live displays that failed on a committed response", registry=REGISTRY
+)
+
+# The dispatcher.
+TOLD = Counter(
+    "anchorwatch_told_total", "Findings that a channel has taken, by severity", ["severity"], registry=REGISTRY
+)
+KEPT = Counter(
+    "anchorwatch_kept_total", "Findings that nobody is told of, by reason", ["reason"], registry=REGISTRY
+)
+CHANNEL_FAILURES = Counter(
+    "anchorwatch_channel_failures_total",
+    "Deliveries that failed: unavailable ones are tried again, refused findings are given up",
+    ["result"],
+    registry=REGISTRY,
+)
+OUTBOX_PENDING = Gauge(
+    "anchorwatch_outbox_pending", "Findings that nobody has decided on yet, or that wait", registry=REGISTRY
+)
+OUTBOX_OLDEST_SECONDS = Gauge(
+    "anchorwatch_outbox_oldest_seconds", "Seconds since the oldest of them was committed", registry=REGISTRY
 )
 
 # The collector.

@@ -100,9 +100,9 @@ def test_memory_is_bounded_and_drops_are_counted(
     with QueuePublisher(log, size=10, when_full=when_full) as publisher:
         with locked(path) as release:
             publisher.publish(projection("c", 0))
-            wait_until(lambda: publisher._writing == 1)  # it is with the log now, and can't be dropped any more
+            wait_until(lambda: len(publisher._writing) == 1)  # it is with the log now, and can't be dropped any more
             taken = [publisher.publish(projection("c", turn)) for turn in range(1, 100)]
-            assert len(publisher._waiting) + publisher._writing == 10
+            assert len(publisher._waiting) + len(publisher._writing) == 10
             release()
         assert publisher.flush(timeout=20)
     assert turns(log) == kept
@@ -114,7 +114,7 @@ def test_a_queue_that_is_all_being_written_drops_the_newest(path: Path, log: Emb
     with QueuePublisher(log, size=1, when_full="drop_oldest") as publisher:
         with locked(path) as release:
             publisher.publish(projection("c", 0))
-            wait_until(lambda: publisher._writing == 1)
+            wait_until(lambda: len(publisher._writing) == 1)
             assert not publisher.publish(projection("c", 1))
             release()
         assert publisher.flush(timeout=20)
@@ -126,7 +126,7 @@ def test_blocking_waits_for_room_and_loses_nothing(path: Path, log: EmbeddedLog)
         with locked(path) as release:
             pusher = threading.Thread(target=lambda: [publisher.publish(projection("c", turn)) for turn in range(100)])
             pusher.start()
-            wait_until(lambda: len(publisher._waiting) + publisher._writing == 5)
+            wait_until(lambda: len(publisher._waiting) + len(publisher._writing) == 5)
             assert pusher.is_alive()
             release()
         pusher.join(20)

@@ -84,7 +84,7 @@ def test_all_that_is_wrong_is_told_at_once_by_its_variable(monkeypatch: pytest.M
         assert f"{PREFIX}{name}: " in told
         assert value in told
     assert "8 settings are wrong" in told and "cure:" in told
-    assert "'drop_newest', 'drop_oldest' or 'block'" in told
+    assert "'drop_newest', 'drop_oldest', 'block' or 'spool'" in told
     assert "sqlite:///absolute/path" in told
 
 

@@ -1,0 +1,163 @@
+"""A log that may be away: what it does not take waits in a spool, and is sent again, in order, until it is taken.
+
+It knows nothing of queues and of projections. Whatever is spooled is older than what comes next, so while anything
+waits there the next goes behind it. A crash between "sent" and "forgotten" sends twice, under the same id.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from threading import Condition, Thread
+
+import structlog
+
+from collectors.spool import Spool
+from monitor import telemetry
+from monitor.errors import AnchorwatchError, LogUnavailable
+from monitor.stream.log import Log, Message
+
+__all__ = ["ResendingLog"]
+
+BATCH = 500
+FIRST_RETRY_SECONDS = 0.1
+LONGEST_RETRY_SECONDS = 5.0
+
+_log = structlog.get_logger("anchorwatch.resend")
+
+
+class ResendingLog:
+    """A topic of a log with a spool in front of it, and a thread that empties the spool.
+
+    Args:
+        log, topic: where messages go in the end.
+        spool: where they wait; it is closed with this.
+        refused: told how many messages the log will not have, though it takes others.
+
+    Attributes:
+        full: whether the spool took no more when it was last asked.
+
+    `append` is for one thread.
+    """
+
+    def __init__(self, log: Log, topic: str, spool: Spool, refused: Callable[[int], None]) -> None:
+        self.full = False
+        self._log = log
+        self._topic = topic
+        self._spool = spool
+        self._refused = refused
+        self._changed = Condition()
+        self._closing = False
+        self._deadline = float("inf")
+        self._thread = Thread(target=self._run, name="anchorwatch-resend", daemon=True)
+        self._thread.start()
+
+    def append(self, messages: Sequence[Message]) -> None:
+        """Hand the messages to the log, or keep them on disk. Blocks until one of the two has them safely.
+
+        Raises:
+            LogUnavailable: neither has; some may be in the log all the same.
+        """
+        if not self._spool.records:
+            try:
+                self._log.append(self._topic, messages)
+            except Exception as error:  # also a fault in a log's own code: on disk nothing is lost by it
+                _log.warning("the log does not take projections: they go to the spool", problem=_told(error))
+            else:
+                return
+        self.keep(messages)
+
+    def keep(self, messages: Sequence[Message]) -> None:
+        """Put the messages into the spool without asking the log. Blocks until they are on disk.
+
+        Raises:
+            LogUnavailable: it takes none of them. Whatever the fault, memory is where they wait now.
+        """
+        try:
+            self._spool.put(messages)
+        except AnchorwatchError as error:
+            if not self.full:
+                _log.error("the spool takes no more", problem=error.problem, cure=error.cure)
+            self.full = True
+            raise LogUnavailable(error.problem, cure=error.cure) from error
+        self.full = False
+        telemetry.PUBLISHER_SPOOLED.inc(len(messages))
+        with self._changed:
+            self._changed.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until the spool is empty; False when it was not within so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._spool.records, timeout)
+
+    def close(self, timeout: float) -> None:
+        """Send what can be sent in so many seconds, and leave the rest to the next one who opens the spool."""
+        with self._changed:
+            self._closing = True
+            self._deadline = time.monotonic() + timeout
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        self._spool.close()
+
+    def _run(self) -> None:
+        pause = FIRST_RETRY_SECONDS
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._spool.records or self._closing)
+                if time.monotonic() >= self._deadline or not self._spool.records:
+                    return
+            try:
+                sent = self._send()
+            except Exception as error:
+                sent = 0
+                _log.warning("the log is away; trying again", problem=_told(error), spooled=self._spool.records)
+            with self._changed:
+                self._changed.notify_all()
+                if sent:
+                    pause = FIRST_RETRY_SECONDS
+                elif self._changed.wait_for(lambda: self._closing, pause):
+                    # It ends with the deadline, and may find the log back before it.
+                    left = self._deadline - time.monotonic()
+                    self._changed.wait_for(lambda: False, max(0.0, min(FIRST_RETRY_SECONDS, left)))
+                else:
+                    pause = min(pause * 2, LONGEST_RETRY_SECONDS)
+
+    def _send(self) -> int:
+        """Send the spool's head; says how many messages are dealt with. Raises where the log or the spool is away."""
+        batch = self._spool.head(BATCH)
+        try:
+            self._log.append(self._topic, batch)
+            taken, refused = len(batch), 0
+        except LogUnavailable:
+            raise
+        except Exception as error:
+            taken, refused = self._send_one_by_one(batch)
+            if not taken:
+                raise  # it refuses everything: then the fault is the log's, and no message is given up
+            _log.error("the log refuses projections", count=refused, problem=_told(error))
+        self._spool.forget(taken + refused)
+        telemetry.PUBLISHER_RESENT.inc(taken)
+        if refused:
+            self._refused(refused)
+        return taken + refused
+
+    def _send_one_by_one(self, batch: Sequence[Message]) -> tuple[int, int]:
+        """How many messages from the head on were taken and refused, where a batch as a whole is refused.
+
+        One that no log will ever have must not hold up all that are behind it.
+        """
+        taken = refused = 0
+        for message in batch:
+            try:
+                self._log.append(self._topic, [message])
+                taken += 1
+            except LogUnavailable:
+                break
+            except Exception:
+                refused += 1
+        return taken, refused
+
+
+def _told(error: Exception) -> str:
+    # Of a foreign error the type only: its message could hold a record's content.
+    return error.problem if isinstance(error, AnchorwatchError) else type(error).__name__
