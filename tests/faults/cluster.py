@@ -1,0 +1,253 @@
+"""One installation, whole: broker, Redis, workers, collectors and a dispatcher, each a process that may be killed.
+
+It starts them as an operator would, from ANCHORWATCH_* settings and the command line, and knows how to wait until all
+is at rest. What came of it is for `history` to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import servers
+
+from faults.collector import Plan, read_journal
+from faults.history import Delivery, Produced, Report, examine
+from monitor import connect
+from monitor.detect.baseline import DetectorConfig
+from monitor.errors import AnchorwatchError
+from monitor.settings import Settings
+from monitor.stream.log import PROJECTIONS
+
+TESTS = Path(__file__).parent.parent
+PATIENCE = 60.0
+
+
+class Process:
+    """One program of ours. Made stopped. Its output goes to a file of its own, across restarts."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], directory: Path) -> None:
+        self.name = name
+        self.command = list(command)
+        self.environment = environment
+        self.output = directory / f"{name}.out"
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._file: IO[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None, f"{self.name} was never started"
+        return self._popen.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        assert self._popen is not None, f"{self.name} was never started"
+        return self._popen.poll()
+
+    def running(self) -> bool:
+        return self._popen is not None and self._popen.poll() is None
+
+    def start(self) -> Process:
+        assert not self.running()
+        self._close()
+        self._file = self.output.open("ab")
+        self._popen = subprocess.Popen(
+            self.command,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            cwd=self.output.parent,
+        )
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL. Nothing happens when it is not running."""
+        if self.running():
+            os.kill(self.pid, signal.SIGKILL)
+        self._wait()
+
+    def stop(self, seconds: float = 30.0) -> int:
+        """SIGTERM, and wait for the orderly end; its exit status."""
+        if self.running():
+            os.kill(self.pid, signal.SIGTERM)
+        return self.ended(seconds)
+
+    def ended(self, seconds: float = PATIENCE) -> int:
+        """Wait for its end; its exit status."""
+        assert self._popen is not None, f"{self.name} was never started"
+        try:
+            return self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} has not ended in {seconds} s:\n{self.tail()}") from None
+        finally:
+            self._close()
+
+    def freeze(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        if self.running():
+            os.kill(self.pid, signal.SIGCONT)
+
+    def says(self) -> str:
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def tail(self, characters: int = 3000) -> str:
+        return self.says()[-characters:]
+
+    def rss_mb(self) -> float:
+        """Resident memory now."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+    def _wait(self) -> None:
+        if self._popen is not None:
+            self._popen.wait()
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Cluster:
+    """An installation in one directory.
+
+    Args:
+        directory: of everything it writes.
+        config: the calibration that workers are given.
+        broker: a started broker, or None for the embedded log.
+        redis: a started Redis, or None for the embedded store.
+        partitions: of the topic, where there is a broker.
+        more: settings beside those, by their names in the environment, without ANCHORWATCH_.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: DetectorConfig,
+        *,
+        broker: servers.Server | None = None,
+        redis: servers.Server | None = None,
+        partitions: int = 4,
+        **more: str,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.config = config
+        self.broker = broker
+        self.redis = redis
+        self.partitions = partitions if broker else 1
+        self.processes: dict[str, Process] = {}
+        self.calibration = directory / "calibration.json"
+        self.calibration.write_bytes(config.to_json())
+        log_url = f"kafka://{broker.address}" if broker else f"sqlite:///{directory / 'log.db'}"
+        store_url = servers.redis_url(redis) if redis else f"sqlite:///{directory / 'store.db'}"
+        self.settings_given = {
+            "DATA_DIR": str(directory / "data"),
+            "LOG_URL": log_url,
+            "STORE_URL": store_url,
+            "LOG_FORMAT": "json",
+            **more,
+        }
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("ANCHORWATCH_")},
+            **{f"ANCHORWATCH_{name}": value for name, value in self.settings_given.items()},
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.settings = Settings(**{name.lower(): value for name, value in self.settings_given.items()})
+
+    # Its processes.
+
+    def add(self, name: str, *command: str, **more: str) -> Process:
+        """A process that is not started yet; `command` are Python's own arguments."""
+        environment = {**self.environment, **{f"ANCHORWATCH_{key}": value for key, value in more.items()}}
+        made = Process(name, [sys.executable, *command], environment, self.directory)
+        self.processes[name] = made
+        return made
+
+    def worker(self, number: int = 0, **more: str) -> Process:
+        return self.add(f"worker-{number}", "-m", "monitor", "worker", "--calibration", str(self.calibration), **more)
+
+    def collector(self, name: str, **plan: Any) -> Process:
+        given = Plan(name=name, journal=str(self.directory / "journals"), **plan)
+        return self.add(name, "-m", "faults.collector", msgspec.json.encode(given).decode())
+
+    def end(self) -> None:
+        """Kill all that runs; the servers are somebody else's."""
+        for process in self.processes.values():
+            process.kill()
+
+    # What it came to.
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[Any, Any]]:
+        """Its log and its store, for reading."""
+        log, store = connect.log(self.settings), connect.store(self.settings)
+        try:
+            yield log, store
+        finally:
+            log.close()
+            store.close()
+
+    def produced(self) -> list[Produced]:
+        return [read_journal(path)[0] for path in sorted((self.directory / "journals").glob("*.journal"))]
+
+    def deliveries(self) -> list[Delivery] | None:
+        """What the dispatcher's channel wrote; None where there is none."""
+        return None
+
+    def behind(self) -> int:
+        """How many records of the log the store has not come to yet; raises while a server is away."""
+        with self.opened() as (log, store):
+            left = 0
+            for partition in range(log.partitions(PROJECTIONS)):
+                span = log.span(PROJECTIONS, partition)
+                position = store.position(PROJECTIONS, partition)
+                left += span.end - (position.offset if position else span.begin)
+            return left
+
+    def settle(self, seconds: float = PATIENCE) -> None:
+        """Wait until everything in the log is in the store."""
+
+        def caught_up() -> bool:
+            for process in self.processes.values():
+                if process.name.startswith("worker") and process.code not in (None, 0, -signal.SIGKILL):
+                    raise AssertionError(f"{process.name} ended with {process.code}:\n{process.tail()}")
+            try:
+                return self.behind() == 0
+            except AnchorwatchError as error:
+                if not error.retry:
+                    raise
+                return False
+
+        wait_for(caught_up, seconds, lambda: self.tails())
+
+    def tails(self) -> str:
+        return "\n".join(f"--- {p.name} ({p.code}):\n{p.tail(1500)}" for p in self.processes.values() if p._popen)
+
+    def examine(self, **more: Any) -> Report:
+        """The history checker over all of it. See `history.examine`."""
+        with self.opened() as (log, store):
+            return examine(log, store, self.config, produced=self.produced(), deliveries=self.deliveries(), **more)
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = PATIENCE, told: Callable[[], str] = str) -> None:
+    """Ask until it holds; AssertionError when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not in {seconds} s\n{told()}")
+        time.sleep(0.1)
