@@ -121,6 +121,36 @@ class Process:
             self._file = None
 
 
+@contextlib.contextmanager
+def installation(
+    directory: Path,
+    config: DetectorConfig,
+    *,
+    broker: str | None = "tansu",
+    redis: bool = True,
+    partitions: int = 4,
+    **more: str,
+) -> Iterator[Cluster]:
+    """A cluster with servers of its own, all of which are gone at the end. `broker` as in `servers.broker`."""
+    kafka = servers.broker(broker, directory / "kafka") if broker else None
+    store = servers.redis(directory / "redis") if redis else None
+    cluster = None
+    try:
+        for server in (kafka, store):
+            if server:
+                server.start()
+        cluster = Cluster(directory, config, broker=kafka, redis=store, partitions=partitions, **more)
+        if kafka:
+            cluster.create_topics()
+        yield cluster
+    finally:
+        if cluster:
+            cluster.end()
+        for server in (kafka, store):
+            if server:
+                server.kill()
+
+
 class Cluster:
     """An installation in one directory.
 
@@ -184,6 +214,25 @@ class Cluster:
     def collector(self, name: str, **plan: Any) -> Process:
         given = Plan(name=name, journal=str(self.directory / "journals"), **plan)
         return self.add(name, "-m", "faults.collector", msgspec.json.encode(given).decode())
+
+    def dispatcher(self) -> Process:
+        return self.add("dispatcher", "-m", "monitor", "dispatch", "--file", str(self.directory / "delivered.jsonl"))
+
+    def run(self, *arguments: str) -> str:
+        """Run `anchorwatch ...` to its end; what it printed, both streams. AssertionError when it fails."""
+        done = subprocess.run(
+            [sys.executable, "-m", "monitor", *arguments],
+            env=self.environment,
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, f"anchorwatch {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def create_topics(self) -> None:
+        self.run("topics", "create")
 
     def end(self) -> None:
         """Kill all that runs; the servers are somebody else's."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from collectors.publish import QueuePublisher
+from collectors.publish import open_publisher
 from faults.history import Produced, digest
 from monitor import connect
 from monitor.errors import LogUnavailable
@@ -213,7 +213,7 @@ def main() -> None:
         write_foreign(plan, settings, journal, begin, stop.is_set)
         return
     change = of_a_release_to_come if plan.minor else lambda message: message
-    publisher = publishing(settings, lambda log: Journalled(log, journal, change))
+    publisher = open_publisher(Journalled(connect.log(settings), journal, change), settings)
     made: dict[str, Projection] = {}
     times = array("d")
     taken = dropped = 0
@@ -248,16 +248,11 @@ def main() -> None:
                 "taken": taken,
                 "dropped": dropped,
                 "flushed": flushed,
-                "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "most_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }
         ).decode(),
         flush=True,
     )
-
-
-def publishing(settings: Settings, over: Callable[[Log], Any]) -> QueuePublisher:
-    """The publisher as any collector would make it from the settings."""
-    return QueuePublisher(over(connect.log(settings)), size=settings.queue_size, when_full=settings.when_full)
 
 
 def write_foreign(plan: Plan, settings: Settings, journal: Journal, begin: int, stopped: Callable[[], bool]) -> None:

@@ -1,6 +1,6 @@
 """SIGKILL for one component after the other, at moments and in an order that a seed says.
 
-It knows processes and servers only by what they have in common: kill and start. What came of it is for `history` to say.
+It knows processes and servers only by what they have in common, kill and start. What came of it is for `history`.
 """
 
 from __future__ import annotations
