@@ -52,12 +52,9 @@ _log = structlog.get_logger("anchorwatch.worker")
 class _Share:
     """What the worker knows of one partition that is its own. Thrown away whenever the store may know better."""
 
-    def __init__(
-        self, position: Position | None, config: DetectorConfig, new_config: bool, topic_id: str, partitions: int
-    ) -> None:
-        self.expected = position
+    def __init__(self, expected: Position | None, config: DetectorConfig, topic_id: str, partitions: int) -> None:
+        self.expected = expected
         self.config = config
-        self.new_config = new_config  # the store does not have it yet
         self.topic_id = topic_id
         self.partitions = partitions
         self.poison: tuple[bool, ...] = ()
@@ -201,14 +198,20 @@ class Worker:
             del self.paused[partition]  # whoever has it now finds out for itself
             telemetry.WORKER_PAUSED.labels(partition).set(0)
         for partition in sorted(assigned - self._shares.keys() - self.paused.keys()):
-            share, offset = self._open(partition)
+            try:
+                share, offset = self._open(partition)
+            except CommitRefused as error:
+                self._refused(partition, error)
+                continue
             self._subscription.seek(partition, offset)
             self._shares[partition] = share
 
     def _open(self, partition: int) -> tuple[_Share, int]:
+        """Learn where to go on. An empty commit asks the store whether this is the log it was folded from, before
+        anything is judged or set aside, and notes the calibration in force."""
         position = self._store.position(self.topic, partition)
         stored = self._store.config(self.topic, partition)
-        begin, _, topic_id = self._log.span(self.topic, partition)
+        begin, end, topic_id = self._log.span(self.topic, partition)
         if position is None and begin:
             _log.warning(
                 "the store is new and the log has been cut: conversations that began before are seen in part",
@@ -229,7 +232,10 @@ class Worker:
                 given=self._config.config_id,
                 cure="to change it from now on: anchorwatch calibration activate",
             )
-        return _Share(position, config, stored is None, topic_id, self._partitions), offset
+        nothing = Folded(offset, [], [], {}, ())
+        self._commit(partition, nothing, _Share(position, config, topic_id, self._partitions), end, stored is None)
+        expected = Position(offset, position.revision if position else 0)
+        return _Share(expected, config, topic_id, self._partitions), offset
 
     def _drop(self, partition: int) -> None:
         """Forget all that the store knows better, and read the partition's records again."""
@@ -244,29 +250,16 @@ class Worker:
             return 0
         folded = self._fold_records(batch, share)
         self._log.append(DEAD_LETTERS, [to_dead_letter(record, poison) for record, poison in folded.dead])
-        config = folded.config or share.config
-        commit = to_commit(
-            folded,
-            topic=self.topic,
-            partition=batch.partition,
-            topic_id=share.topic_id,
-            partitions=share.partitions,
-            expected=share.expected,
-            end=batch.end,
-            config=config if share.new_config or folded.config else None,
-            now=self._wall_clock(),
-        )
+        if folded.config:
+            share.config = folded.config
         try:
-            self._store.commit(commit)
+            self._commit(batch.partition, folded, share, batch.end, folded.config is not None)
         except CommitRefused as error:
-            self._drop(batch.partition)
-            telemetry.COMMITS.labels("refused").inc()
-            _log.warning("commit refused", topic=self.topic, partition=batch.partition, problem=error.problem)
+            self._refused(batch.partition, error)
             return 0
         if folded.config:
-            _log.info("a calibration came into force", partition=batch.partition, config_id=config.config_id)
+            _log.info("a calibration came into force", partition=batch.partition, config_id=share.config.config_id)
         share.expected = Position(folded.offset, share.expected.revision if share.expected else 0)
-        share.config, share.new_config = config, False
         share.poison = folded.poison
         self._keep(share, folded.states)
         telemetry.BATCH_SECONDS.observe(self._clock() - started)
@@ -275,6 +268,26 @@ class Worker:
         if mostly_poison(folded.poison):
             self._pause(batch.partition, folded)
         return sum(record.offset < folded.offset for record in batch.records) if folded.dead else len(batch.records)
+
+    def _commit(self, partition: int, folded: Folded, share: _Share, end: int, with_config: bool) -> None:
+        self._store.commit(
+            to_commit(
+                folded,
+                topic=self.topic,
+                partition=partition,
+                topic_id=share.topic_id,
+                partitions=share.partitions,
+                expected=share.expected,
+                end=end,
+                config=share.config if with_config else None,
+                now=self._wall_clock(),
+            )
+        )
+
+    def _refused(self, partition: int, error: CommitRefused) -> None:
+        self._drop(partition)
+        telemetry.COMMITS.labels("refused").inc()
+        _log.warning("commit refused", topic=self.topic, partition=partition, problem=error.problem)
 
     def _fold_records(self, batch: Batch, share: _Share) -> Folded:
         decoded = [(record, decode(record)) for record in batch.records]

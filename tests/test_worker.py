@@ -9,22 +9,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 import service
+from msgspec.structs import replace
 from service import CONFIG, POISON, Oracle, message, projection, traffic
 
 from monitor import telemetry
-from monitor.detect.conversation import ConversationState, Step, step
+from monitor.control import calibration_message
+from monitor.detect.baseline import DetectorConfig
+from monitor.detect.conversation import ConversationState, Step, encode_state, step
 from monitor.errors import LogError, LogUnavailable, StoreError, StoreUnavailable
-from monitor.events import Projection
+from monitor.events import Projection, encode
+from monitor.placement import partition_of
+from monitor.replay import replay
 from monitor.store.sqlite import SqliteStore
-from monitor.store.store import Commit
-from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, EmbeddedLog, Message, Record
-from monitor.worker import IDLE_SECONDS, Worker, run_workers
+from monitor.store.store import Commit, Position
+from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedLog, Message, Record, Span
+from monitor.worker import Worker
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,8 +54,9 @@ def drain(worker: Worker) -> None:
 
 
 def dead_letters(log: EmbeddedLog) -> list[Record]:
+    """One of each key: a crash may write a letter twice, and its key says that it is the same."""
     begin, end, _ = log.span(DEAD_LETTERS, 0)
-    return log.read(DEAD_LETTERS, 0, begin, end - begin)
+    return list({record.key: record for record in log.read(DEAD_LETTERS, 0, begin, end - begin)}.values())
 
 
 def metric(name: str, **labels: str) -> float:
@@ -60,13 +66,12 @@ def metric(name: str, **labels: str) -> float:
 def assert_same(log: EmbeddedLog, store: SqliteStore) -> Oracle:
     """Everything in the store and the dead letters is what the pure fold makes of the log."""
     oracle = Oracle(log)
-    found = [finding.id for finding in store.findings(1_000_000)][::-1]
-    assert len(found) == len(set(found))
-    assert store.findings(1_000_000)[::-1] == oracle.findings
+    by_id = sorted(oracle.findings, key=lambda one: one.id)
+    assert store.findings(1_000_000) == sorted(by_id, key=lambda one: one.time, reverse=True)
     assert [waiting.finding for waiting in store.pending(1_000_000)] == oracle.findings
-    assert store.load(list(oracle.states)) == oracle.encoded_states()
+    assert store.load(PROJECTIONS, 0, list(oracle.states)) == oracle.encoded_states()
     assert store.counts() == dict(sorted(oracle.counts.items()))
-    assert [record.key for record in dead_letters(log)] == oracle.dead
+    assert sorted(record.key for record in dead_letters(log)) == sorted(oracle.dead)
     position = store.position(PROJECTIONS, 0)
     assert (position.offset if position else 0) == log.span(PROJECTIONS, 0).end
     return oracle
@@ -88,13 +93,12 @@ class Waits(threading.Event):
         return self.is_set()
 
 
-class Patient(threading.Event):
-    """A stop event that does not wait, and stops when there is nothing to do."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        if timeout == IDLE_SECONDS:
-            self.set()
-        return self.is_set()
+def until_idle(worker: Worker, *then: object) -> Waits:
+    """Run until nothing is new; returns how long it waited in between, without having waited."""
+    waits = Waits(*then, *[lambda: None] * 1000)
+    worker._subscription._wait = lambda seconds: waits.set()  # type: ignore[attr-defined]
+    worker.run(waits, jitter=lambda: 0.0)
+    return waits
 
 
 # The fold over the log.
@@ -230,7 +234,7 @@ def test_a_deleted_conversation_is_not_written_back_from_memory(log: EmbeddedLog
     assert worker.run_once() == 0
     drain(worker)
     fresh = step(None, projection("a", 5), CONFIG).state
-    assert store.load(["a"]) == {"a": msgspec.json.encode(fresh)}
+    assert store.load(PROJECTIONS, 0, ["a"]) == {"a": encode_state(fresh)}
     assert len(store.trajectory("a")) == 1
 
 
@@ -242,7 +246,7 @@ def test_some_poison_never_stops_the_line(log: EmbeddedLog, store: SqliteStore, 
     log.append(PROJECTIONS, traffic(30, 30, poison=share))
     worker = Worker(log, store, CONFIG, batch_size=50)
     drain(worker)
-    assert worker.paused is None
+    assert not worker.paused
     assert assert_same(log, store).dead
 
 
@@ -287,10 +291,10 @@ def test_nothing_but_poison_pauses_the_partition_loudly(log: EmbeddedLog, store:
     stop = Waits()
     with pytest.raises(LogError, match="every partition is paused") as caught:
         worker.run(stop)
-    assert worker.paused and "20 of the last 20 records" in worker.paused
+    assert "20 of the last 20 records" in worker.paused[0]
     assert DEAD_LETTERS in caught.value.cure and not caught.value.retry
     assert len(dead_letters(log)) == 20, "it stops shovelling"
-    assert metric("anchorwatch_worker_paused", partition="0", reason="poison") == 1
+    assert metric("anchorwatch_worker_paused", partition="0") == 1
     assert worker.run_once() == 0
     position = store.position(PROJECTIONS, 0)
     assert position and position.offset == 20, "the rest stays in the log, unread"
@@ -304,24 +308,16 @@ def test_good_records_before_the_flood_count(log: EmbeddedLog, store: SqliteStor
     assert worker.paused and len(dead_letters(log)) == 101
 
 
-def test_a_partition_that_is_paused_does_not_stop_the_others(log: EmbeddedLog, tmp_path: Path) -> None:
-    log.append("bad", [Message("k", POISON)] * 30)
-    log.append("good", [message(projection("a", turn)) for turn in range(3)])
-    store = SqliteStore(tmp_path / "store.db")
-    bad, good = (Worker(log, store, CONFIG, topic=topic) for topic in ("bad", "good"))
-    run_workers([bad, good], Waits())
-    assert bad.paused and not good.paused
-    assert store.counts() == {"dead_letter": 20, "folded": 3}
-
-
 def test_poison_buried_before_a_crash_is_not_buried_again(log: EmbeddedLog, store: SqliteStore, tmp_path: Path) -> None:
     """The store fails after the dead letters were written: the moment between the two."""
+    worker = Worker(log, store, CONFIG)
+    worker.run_once()
     log.append(PROJECTIONS, [message(projection("a", 0)), Message("k", POISON), message(projection("a", 1))])
     blocker = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailable):
-        Worker(log, store, CONFIG).run_once()
-    assert len(dead_letters(log)) == 1 and store.position(PROJECTIONS, 0) is None
+        worker.run_once()
+    assert len(dead_letters(log)) == 1 and store.position(PROJECTIONS, 0) == Position(0)
     blocker.execute("ROLLBACK")
     drain(Worker(log, store, CONFIG))
     assert_same(log, store)
@@ -336,12 +332,10 @@ def test_while_the_store_is_away_it_waits_longer_and_longer_then_catches_up(
     log.append(PROJECTIONS, traffic(5, 10))
     blocker = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
-    nothing = [lambda: None] * 4
-    stop = Waits(*nothing, lambda: blocker.execute("ROLLBACK"))
     worker = Worker(log, store, CONFIG)
-    run_workers([worker], stop, jitter=lambda: 0.0, idle_seconds=7.0)
-    assert stop.seconds == [0.05, 0.1, 0.2, 0.4, 0.8, 7.0]
-    assert metric("anchorwatch_worker_paused", partition="0", reason="unavailable") == 0
+    waits = until_idle(worker, *[lambda: None] * 4, lambda: blocker.execute("ROLLBACK"))
+    assert waits.seconds == [0.05, 0.1, 0.2, 0.4, 0.8]
+    assert metric("anchorwatch_worker_waiting") == 0
     assert_same(log, store)
 
 
@@ -360,7 +354,7 @@ class LosesAnswers(SqliteStore):
 def test_commits_that_were_written_but_not_answered_count_once(log: EmbeddedLog, tmp_path: Path) -> None:
     log.append(PROJECTIONS, traffic(10, 12, poison=0.05))
     store = LosesAnswers(tmp_path / "store.db")
-    run_workers([Worker(log, store, CONFIG, batch_size=20)], Patient())
+    until_idle(Worker(log, store, CONFIG, batch_size=20))
     assert_same(log, store)
 
 
@@ -373,7 +367,7 @@ def test_when_the_dead_letters_can_not_be_written_the_position_does_not_move(tmp
             log.append("filler", [Message("k", b"x" * 1000)])
     with pytest.raises(LogUnavailable, match="is full"):
         Worker(log, store, CONFIG).run_once()
-    assert store.position(PROJECTIONS, 0) is None
+    assert store.position(PROJECTIONS, 0) == Position(0)
     log.close()
     roomy = EmbeddedLog(tmp_path / "log.db")
     drain(Worker(roomy, store, CONFIG))
@@ -472,3 +466,225 @@ def test_metrics_count_what_was_committed(log: EmbeddedLog, store: SqliteStore) 
     assert metric("anchorwatch_lag_records", partition="0") == 0
     assert metric("anchorwatch_responses_total", outcome="folded") == before + 4
     assert metric("anchorwatch_dead_letters_total", reason="undecodable") == dead + 1
+
+
+# Which calibration judges.
+
+OTHER = replace(CONFIG, boundaries=replace(CONFIG.boundaries, level=0.5))
+
+
+def judged_by(store: SqliteStore) -> set[str]:
+    return {finding.config_id for finding in store.findings(1_000_000)}
+
+
+def test_a_calibration_takes_effect_at_its_own_place_in_the_log_whatever_the_batches(
+    log: EmbeddedLog, tmp_path: Path
+) -> None:
+    log.append(PROJECTIONS, [message(projection("a", 0, -3.0)), message(projection("b", 0, -1.0))])
+    log.append(PROJECTIONS, [calibration_message(OTHER, 0)])
+    log.append(PROJECTIONS, [message(projection("c", 0, -1.0))])
+    found = []
+    for size in (1, 2, 3, 100):
+        store = SqliteStore(tmp_path / f"{size}.db")
+        drain(Worker(log, store, CONFIG, batch_size=size))
+        found.append(store.findings(100))
+        assert {finding.conversation_id: finding.config_id for finding in found[-1]} == {
+            "a": CONFIG.config_id,
+            "c": OTHER.config_id,
+        }
+    assert found[1:] == found[:-1]
+
+
+def test_what_is_in_force_outlives_the_worker_and_its_arguments(log: EmbeddedLog, store: SqliteStore) -> None:
+    log.append(PROJECTIONS, [message(projection("a", 0))])
+    drain(Worker(log, store, CONFIG))
+    log.append(PROJECTIONS, [message(projection("b", 0, -1.0))])
+    drain(Worker(log, store, OTHER))
+    assert judged_by(store) == set(), "OTHER would have warned"
+    log.append(PROJECTIONS, [calibration_message(OTHER, 0)])
+    drain(Worker(log, store, CONFIG))
+    log.append(PROJECTIONS, [message(projection("c", 0, -1.0))])
+    drain(Worker(log, store, CONFIG))
+    assert judged_by(store) == {OTHER.config_id}
+
+
+def test_a_wiped_store_asks_what_operators_had_put_into_force(log: EmbeddedLog, store: SqliteStore) -> None:
+    """The control record itself is gone with the log's head."""
+    log.append(PROJECTIONS, [calibration_message(OTHER, 0)] + [message(projection("a", turn, -1.0)) for turn in (0, 1)])
+    log.retain(PROJECTIONS, records=2)
+    asked: list[tuple[int, int]] = []
+
+    def recorded(partition: int, offset: int) -> DetectorConfig:
+        asked.append((partition, offset))
+        return OTHER
+
+    drain(Worker(log, store, CONFIG, recorded=recorded))
+    assert asked == [(0, 1)]
+    assert judged_by(store) == {OTHER.config_id}
+
+
+def test_a_replay_prints_what_the_worker_found_byte_for_byte(log: EmbeddedLog, store: SqliteStore) -> None:
+    messages = traffic(12, 14, poison=0.05)
+    log.append(PROJECTIONS, messages[:90])
+    log.append(PROJECTIONS, [calibration_message(OTHER, 0)])
+    log.append(PROJECTIONS, messages[90:])
+    drain(Worker(log, store, CONFIG, batch_size=17))
+    letters = log.span(DEAD_LETTERS, 0).end
+    parts = list(replay(log, CONFIG))
+    replayed = {finding.id: encode(finding) for part in parts for finding in part.findings}
+    assert len(judged_by(store)) == 2
+    assert replayed == {finding.id: encode(finding) for finding in store.findings(1_000_000)}
+    assert sum(sum(part.dead.values()) for part in parts) == store.counts()["dead_letter"]
+    assert log.span(DEAD_LETTERS, 0).end == letters, "a replay writes nothing"
+
+
+# Partitions, as Kafka gives and takes them.
+
+
+class Shares:
+    """A subscription whose partitions a test gives and takes; a log of one partition stands for each."""
+
+    def __init__(self, logs: dict[int, EmbeddedLog], owned: set[int]) -> None:
+        self.logs = logs
+        self.owned = owned
+        self.next_owned: set[int] | None = None
+        self.at: dict[int, int] = {}
+        self.polls = 0
+
+    def assigned(self) -> frozenset[int]:
+        return frozenset(self.owned)
+
+    def seek(self, partition: int, offset: int) -> None:
+        assert partition in self.owned, "a worker must not touch what is not its own"
+        self.at[partition] = offset
+
+    def rest(self, partition: int) -> None:
+        self.at.pop(partition, None)
+
+    def poll(self, limit: int, timeout: float) -> list[Batch]:
+        self.polls += 1
+        if self.next_owned is not None:
+            self.owned, self.next_owned = self.next_owned, None
+            self.at = {partition: at for partition, at in self.at.items() if partition in self.owned}
+        batches = []
+        for partition, at in sorted(self.at.items()):
+            records = self.logs[partition].read(PROJECTIONS, 0, at, limit)
+            if records:
+                self.at[partition] = records[-1].offset + 1
+                moved = [msgspec.structs.replace(record, partition=partition) for record in records]
+                batches.append(Batch(partition, moved, self.logs[partition].span(PROJECTIONS, 0).end))
+        return batches
+
+    def close(self) -> None:
+        self.owned = set()
+
+
+class Partitioned:
+    """The log of those two."""
+
+    def __init__(self, logs: dict[int, EmbeddedLog], letters: EmbeddedLog) -> None:
+        self.logs = logs
+        self.letters = letters
+        self.count = len(logs)
+
+    def append(self, topic: str, messages: Sequence[Message]) -> list[int]:
+        if topic == PROJECTIONS:
+            return [offset for one in messages for offset in self.logs[partition_of(one.key, 2)].append(topic, [one])]
+        return self.letters.append(topic, messages)
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Record]:
+        return self.logs[partition].read(topic, 0, offset, limit)
+
+    def span(self, topic: str, partition: int) -> Span:
+        return self.logs[partition].span(topic, 0)._replace(topic_id="one topic")
+
+    def partitions(self, topic: str) -> int:
+        return self.count
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def two(tmp_path: Path, log: EmbeddedLog) -> Iterator[Partitioned]:
+    logs = {number: EmbeddedLog(tmp_path / f"partition-{number}.db") for number in (0, 1)}
+    yield Partitioned(logs, log)
+    for one in logs.values():
+        one.close()
+
+
+def test_partitions_change_hands_and_nothing_is_lost_or_twice(two: Partitioned, store: SqliteStore) -> None:
+    two.append(PROJECTIONS, traffic(20, 30))
+    shares = [Shares(two.logs, {0}), Shares(two.logs, {1})]
+    workers = [Worker(two, store, CONFIG, subscription=share, batch_size=7) for share in shares]
+    chance = random.Random(3)
+    for _ in range(60):
+        if chance.random() < 0.3:
+            shares[0].next_owned, shares[1].next_owned = set(shares[1].owned), set(shares[0].owned)
+        for worker in workers:
+            worker.run_once()
+    for worker in workers:
+        drain(worker)
+        drain(worker)
+    want: dict[str, bytes] = {}
+    found: set[str] = set()
+    for number in (0, 1):
+        oracle = Oracle(two.logs[number])
+        want |= oracle.encoded_states()
+        found |= {finding.id for finding in oracle.findings}
+    assert store.load(PROJECTIONS, 0, list(want)) == want
+    assert {finding.id for finding in store.findings(1_000_000)} == found
+
+
+def test_a_partition_that_is_paused_does_not_stop_the_others(two: Partitioned, store: SqliteStore) -> None:
+    two.logs[0].append(PROJECTIONS, [Message("k", POISON)] * 30)
+    two.append(PROJECTIONS, [message(projection(f"c{n}", 0)) for n in range(30)])
+    good = two.logs[1].span(PROJECTIONS, 0).end
+    worker = Worker(two, store, CONFIG, subscription=Shares(two.logs, {0, 1}))
+    for _ in range(5):
+        worker.run_once()
+    assert set(worker.paused) == {0}
+    assert store.counts() == {"dead_letter": 20, "folded": good}
+
+
+def test_a_record_in_the_wrong_partition_is_set_aside_and_never_splits_a_conversation(
+    two: Partitioned, store: SqliteStore
+) -> None:
+    two.append(PROJECTIONS, [message(projection(f"c{n}", turn)) for turn in range(3) for n in range(20)])
+    stray = next(f"c{n}" for n in range(20) if partition_of(f"c{n}", 2) == 0)
+    two.logs[1].append(PROJECTIONS, [message(projection(stray, 3, -9.0))])
+    drain(Worker(two, store, CONFIG, subscription=Shares(two.logs, {0, 1})))
+    assert store.counts() == {"dead_letter": 1, "folded": 60}
+    assert dict(dead_letters(two.letters)[0].headers)["reason"] == b"wrong_partition"
+    session = store.session(stray)
+    assert session and session.turn == 2 and session.risk is not None and session.risk < 1
+
+
+def test_a_topic_with_more_partitions_than_the_store_knows_is_a_loud_stop(two: Partitioned, store: SqliteStore) -> None:
+    two.append(PROJECTIONS, traffic(4, 4))
+    share = Shares(two.logs, {0, 1})
+    worker = Worker(two, store, CONFIG, subscription=share)
+    drain(worker)
+    two.count = 3
+    share.next_owned = {0}
+    two.append(PROJECTIONS, [message(projection(f"c{n}", 9)) for n in range(9)])
+    with pytest.raises(StoreError, match="partitions"):
+        for _ in range(3):
+            worker.run_once()
+
+
+def test_while_the_store_is_away_it_goes_on_polling_to_stay_in_its_group(
+    two: Partitioned, store: SqliteStore, tmp_path: Path
+) -> None:
+    two.append(PROJECTIONS, traffic(4, 4))
+    share = Shares(two.logs, {0, 1})
+    worker = Worker(two, store, CONFIG, subscription=share, batch_size=5)
+    worker.run_once()
+    blocker = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    for _ in range(4):
+        with pytest.raises(StoreUnavailable):
+            worker.run_once()
+    assert share.polls == 5
+    blocker.execute("ROLLBACK")
+    drain(worker)
+    assert sum(store.counts().values()) == sum(one.span(PROJECTIONS, 0).end for one in two.logs.values())
