@@ -245,8 +245,10 @@ class PersonaSpace(Struct, frozen=True, dict=True):
         # Rounding differs between machines, and a tie must not: numpy finds who may be among the nearest, and exactly
         # rounded sums put those in order.
         roles, matrix = self._matrix
+        if not roles or count < 1:
+            return []
         rough = matrix @ np.asarray(here)
-        close = np.flatnonzero(rough >= np.sort(rough)[-min(count, len(rough))] - _ROUNDING) if len(rough) else []
+        close = np.flatnonzero(rough >= np.sort(rough)[-min(count, len(rough))] - _ROUNDING)
         ranked = [
             (-math.fsum(a * b for a, b in zip(here, self._directions[roles[at]], strict=True)), roles[at])
             for at in close
