@@ -14,9 +14,11 @@ Each says what is wrong and the cure; `retry` says whether trying again can help
     ├── EventError              a record is not a valid event; poison, never retried
     ├── LogError                the log (Kafka or embedded) can't be read or written
     │   └── LogUnavailable      … now; retry
-    └── StoreError              the store (Redis or SQLite) can't be read or written
-        ├── StoreUnavailable    … now; retry
-        └── CommitRefused       another worker has moved this partition's position; reread and go on
+    ├── StoreError              the store (Redis or SQLite) can't be read or written
+    │   ├── StoreUnavailable    … now; retry
+    │   └── CommitRefused       another worker has moved this partition's position; reread and go on
+    └── ChannelError            a channel will never take what it is given
+        └── ChannelUnavailable  … does not take it now; retry
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ __all__ = [
     "BundleError",
     "BundleMismatch",
     "CatalogueError",
+    "ChannelError",
+    "ChannelUnavailable",
     "CommitRefused",
     "ConfigurationError",
     "EventError",
@@ -102,5 +106,15 @@ class StoreUnavailable(StoreError):
 
 class CommitRefused(StoreError):
     """The stored position is not the one this commit expected: another worker owns the partition now."""
+
+    retry = True
+
+
+class ChannelError(AnchorwatchError):
+    """A channel will never take what it is given, however often it is tried."""
+
+
+class ChannelUnavailable(ChannelError):
+    """A channel does not take anything now."""
 
     retry = True

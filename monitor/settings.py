@@ -115,6 +115,13 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="A silence longer than this, in event time, starts a conversation anew.",
     )
+    page_max_age_seconds: float = Field(
+        default=3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A finding older than this pages nobody, unless its episode is still open once the worker has "
+        "caught up.",
+    )
     batch_size: int = Field(default=500, ge=1, le=10_000, description="How many records a worker folds in one commit.")
 
     @model_validator(mode="after")

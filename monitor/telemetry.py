@@ -19,6 +19,9 @@ __all__ = [
     "DUTY_FAILURES",
     "FINDINGS",
     "HOUSEKEEPER",
+    "HTTP_PROJECTIONS",
+    "HTTP_QUEUE_BYTES",
+    "HTTP_REQUESTS",
     "KEPT",
     "LAG",
     "LISTENER_ERRORS",
@@ -88,9 +91,7 @@ LISTENER_ERRORS = Counter(
 TOLD = Counter(
     "anchorwatch_told_total", "Findings that a channel has taken, by severity", ["severity"], registry=REGISTRY
 )
-KEPT = Counter(
-    "anchorwatch_kept_total", "Findings that nobody is told of, by reason", ["reason"], registry=REGISTRY
-)
+KEPT = Counter("anchorwatch_kept_total", "Findings that nobody is told of, by reason", ["reason"], registry=REGISTRY)
 CHANNEL_FAILURES = Counter(
     "anchorwatch_channel_failures_total",
     "Deliveries that failed: unavailable ones are tried again, refused findings are given up",
@@ -134,6 +135,20 @@ TAP_ERRORS = Counter(
 )
 RESPONSES_UNSCORED = Counter(
     "anchorwatch_responses_unscored_total", "Responses without a projection, by reason", ["reason"], registry=REGISTRY
+)
+
+# The HTTP interface.
+HTTP_REQUESTS = Counter(
+    "anchorwatch_http_requests_total", "HTTP requests answered, by status", ["result"], registry=REGISTRY
+)
+HTTP_PROJECTIONS = Counter(
+    "anchorwatch_http_projections_total",
+    "Projections that came over HTTP, by result: accepted or rejected",
+    ["result"],
+    registry=REGISTRY,
+)
+HTTP_QUEUE_BYTES = Gauge(
+    "anchorwatch_http_queue_bytes", "Bytes of all HTTP requests that are not answered yet", registry=REGISTRY
 )
 
 
