@@ -251,7 +251,7 @@ def open_publisher(log: Log, settings: Settings) -> QueuePublisher:
         log,
         size=settings.queue_size,
         when_full=settings.when_full,
-        spool=settings.spool_dir if settings.when_full == "spool" else None,
+        spool=settings.spool_dir or settings.data_dir / "spool" if settings.when_full == "spool" else None,
         spool_bytes=settings.spool_max_bytes,
     )
 

@@ -100,6 +100,43 @@ class Settings(BaseSettings):
     spool_max_bytes: int = Field(
         default=2**30, ge=2**20, description="How large a collector's spool may grow; a projection takes about 1.5 KB."
     )
+    api_host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address that the HTTP interface listens on. One that other machines can reach needs keys.",
+    )
+    api_port: int = Field(default=8080, ge=0, le=65535, description="Port of the HTTP interface; 0 takes a free one.")
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File of the HTTP interface's keys, made by `anchorwatch keys create`. By default api-keys.json in "
+        "the data directory.",
+    )
+    api_tls_certificate: Path | None = Field(
+        default=None, description="PEM file of the HTTP interface's certificate chain. By default it has no TLS."
+    )
+    api_tls_key: Path | None = Field(default=None, description="PEM file of that certificate's private key.")
+    api_rate: float = Field(
+        default=5_000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Projections a second that one key of the HTTP interface may send, over time.",
+    )
+    api_max_items: int = Field(
+        default=1_000, ge=1, le=10_000, description="How many projections one HTTP request may bring."
+    )
+    api_max_body_bytes: int = Field(
+        default=4 * 2**20, ge=1024, le=2**30, description="How many bytes the body of one HTTP request may have."
+    )
+    api_queue_bytes: int = Field(
+        default=64 * 2**20, ge=2**20, description="How many bytes all HTTP requests under way may hold in memory."
+    )
+    api_patience_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=300,
+        allow_inf_nan=False,
+        description="How long an HTTP request waits for the log before it is answered with 503.",
+    )
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="Port of the Prometheus metrics. By default they are not served."
     )
@@ -129,7 +166,10 @@ class Settings(BaseSettings):
         self.data_dir = self.data_dir.expanduser().absolute()
         self.log_url = self.log_url or sqlite_url(self.data_dir / "log.db")
         self.store_url = self.store_url or sqlite_url(self.data_dir / "store.db")
-        self.spool_dir = (self.spool_dir or self.data_dir / "spool").expanduser().absolute()
+        if (self.api_tls_certificate is None) != (self.api_tls_key is None):
+            raise ValueError("api_tls_certificate and api_tls_key go together; give both, or neither")
+        if self.api_queue_bytes < self.api_max_body_bytes + 1024:
+            raise ValueError("api_queue_bytes must have room for one whole body, api_max_body_bytes, and 1 KiB")
         if self.log_url == self.store_url:
             raise ValueError("log_url and store_url name one file; give each its own")
         return self

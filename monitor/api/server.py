@@ -1,0 +1,159 @@
+"""Serves an application with uvicorn: deadlines for slow clients, an orderly end, and quiet log lines.
+
+It knows nothing of the application. SIGTERM or Ctrl-C: no new connections, requests under way are answered, the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from monitor.errors import ConfigurationError
+
+__all__ = ["is_loopback", "listen", "serve"]
+
+HEADER_SECONDS = 10.0
+IDLE_SECONDS = 30
+DRAIN_SECONDS = 8
+CONNECTIONS = 4_000
+
+_log = structlog.get_logger("anchorwatch.http")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one.
+
+    Raises:
+        ConfigurationError: somebody else listens there, or the host is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't listen on {host}, port {port}: {error.strerror}",
+            cure="choose others: ANCHORWATCH_API_HOST, ANCHORWATCH_API_PORT",
+        ) from error
+
+
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    certificate: Path | None = None,
+    private_key: Path | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. For the main thread. `ready` is called when requests are being taken.
+
+    Raises:
+        ConfigurationError: certificate and key can't be used.
+    """
+    config = uvicorn.Config(
+        app,
+        http=_Patient,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        ssl_certfile=certificate,
+        ssl_keyfile=private_key,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the TLS certificate or its key can't be used: {error}",
+            cure="ANCHORWATCH_API_TLS_CERTIFICATE and ANCHORWATCH_API_TLS_KEY name a PEM file each",
+        ) from error
+    _tell_uvicorns_log()
+    # uvicorn sends itself the signal once more when it has ended in good order; by then it means nothing new.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _Server(config, ready).run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+class _Patient(H11Protocol):
+    """HTTP/1.1 that does not wait for ever for a request's headers. A body's deadline is the application's."""
+
+    _due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Between two requests uvicorn's own timer runs, until the first byte of the next one.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._due is None:
+            self._wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._due = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+
+def _tell_uvicorns_log() -> None:
+    """Its warnings in our form, and without tracebacks, which may hold content."""
+
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+            message = record.getMessage().splitlines()[0]
+            _log.log(record.levelno, message, **({"error": error} if error else {}))
+
+    logger = logging.getLogger("uvicorn.error")
+    logger.handlers = [Forward()]
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
