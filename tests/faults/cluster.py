@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,12 +20,12 @@ import msgspec
 import servers
 
 from faults.collector import Plan, read_journal
-from faults.history import Delivery, Produced, Report, examine
+from faults.history import Delivery, Produced, Report, examine, records
 from monitor import connect
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import AnchorwatchError
 from monitor.settings import Settings
-from monitor.stream.log import PROJECTIONS
+from monitor.stream.log import DEAD_LETTERS, PROJECTIONS
 
 TESTS = Path(__file__).parent.parent
 PATIENCE = 60.0
@@ -110,6 +110,11 @@ class Process:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
+    def cpu_seconds(self) -> float:
+        """What it has used of the processor so far, in user and kernel."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def _wait(self) -> None:
         if self._popen is not None:
             self._popen.wait()
@@ -180,6 +185,7 @@ class Cluster:
         self.redis = redis
         self.partitions = partitions if broker else 1
         self.processes: dict[str, Process] = {}
+        self._opened: tuple[Any, Any] | None = None
         self.calibration = directory / "calibration.json"
         self.calibration.write_bytes(config.to_json())
         log_url = f"kafka://{broker.address}" if broker else f"sqlite:///{directory / 'log.db'}"
@@ -189,7 +195,7 @@ class Cluster:
             "LOG_URL": log_url,
             "STORE_URL": store_url,
             "LOG_FORMAT": "json",
-            **more,
+            **{name: value for name, value in more.items() if broker or not name.startswith("KAFKA_")},
         }
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("ANCHORWATCH_")},
@@ -211,9 +217,10 @@ class Cluster:
     def worker(self, number: int = 0, **more: str) -> Process:
         return self.add(f"worker-{number}", "-m", "monitor", "worker", "--calibration", str(self.calibration), **more)
 
-    def collector(self, name: str, **plan: Any) -> Process:
+    def collector(self, name: str, more: Mapping[str, str] | None = None, **plan: Any) -> Process:
+        """A collector with this `Plan`, and with more settings of its own."""
         given = Plan(name=name, journal=str(self.directory / "journals"), **plan)
-        return self.add(name, "-m", "faults.collector", msgspec.json.encode(given).decode())
+        return self.add(name, "-m", "faults.collector", msgspec.json.encode(given).decode(), **(more or {}))
 
     def dispatcher(self) -> Process:
         return self.add("dispatcher", "-m", "monitor", "dispatch", "--file", str(self.directory / "delivered.jsonl"))
@@ -238,59 +245,108 @@ class Cluster:
         """Kill all that runs; the servers are somebody else's."""
         for process in self.processes.values():
             process.kill()
+        for part in self._opened or ():
+            with contextlib.suppress(AnchorwatchError):
+                part.close()
+        self._opened = None
 
     # What it came to.
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[Any, Any]]:
-        """Its log and its store, for reading."""
-        log, store = connect.log(self.settings), connect.store(self.settings)
-        try:
-            yield log, store
-        finally:
-            log.close()
-            store.close()
+        """Its log and its store, for reading. They stay open until the end."""
+        if self._opened is None:
+            self._opened = connect.log(self.settings), connect.store(self.settings)
+        yield self._opened
 
     def produced(self) -> list[Produced]:
         return [read_journal(path)[0] for path in sorted((self.directory / "journals").glob("*.journal"))]
 
     def deliveries(self) -> list[Delivery] | None:
-        """What the dispatcher's channel wrote; None where there is none."""
-        return None
+        """What the dispatcher's channel wrote; None where there is none. A line that was cut off was not delivered."""
+        if "dispatcher" not in self.processes:
+            return None
+        path = self.directory / "delivered.jsonl"
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        told = []
+        for line in lines:
+            with contextlib.suppress(msgspec.DecodeError):
+                finding = msgspec.json.decode(line)
+                if finding["kind"] != "fleet_shift":
+                    told.append(Delivery(finding["id"], line))
+        return told
 
-    def behind(self) -> int:
+    def ends(self) -> dict[int, int]:
+        """Partition → the next offset of the log."""
+        with self.opened() as (log, _):
+            return {partition: log.span(PROJECTIONS, partition).end for partition in range(self.partitions)}
+
+    def beyond(self, offsets: Mapping[int, int]) -> bool:
+        """Whether the store has come further than these offsets in every partition."""
+        with self.opened() as (_, store):
+            positions = {partition: store.position(PROJECTIONS, partition) for partition in offsets}
+        return all(at is not None and at.offset > offsets[partition] for partition, at in positions.items())
+
+    def behind(self, partitions: Iterable[int] | None = None) -> int:
         """How many records of the log the store has not come to yet; raises while a server is away."""
         with self.opened() as (log, store):
             left = 0
-            for partition in range(log.partitions(PROJECTIONS)):
+            for partition in range(self.partitions) if partitions is None else partitions:
                 span = log.span(PROJECTIONS, partition)
                 position = store.position(PROJECTIONS, partition)
                 left += span.end - (position.offset if position else span.begin)
             return left
 
-    def settle(self, seconds: float = PATIENCE) -> None:
-        """Wait until everything in the log is in the store."""
+    def until_folded(self, more: int, seconds: float = PATIENCE) -> None:
+        """Wait until so many more records have been folded than now."""
 
-        def caught_up() -> bool:
+        def folded() -> int:
+            with self.opened() as (_, store):
+                return sum(store.counts().values())
+
+        first = folded()
+        wait_for(lambda: folded() >= first + more, seconds, self.tails)
+
+    def settle(self, seconds: float = PATIENCE) -> None:
+        """Wait until everything in the log is in the store, and everything there is told to those who must know."""
+
+        def at_rest() -> bool:
             for process in self.processes.values():
-                if process.name.startswith("worker") and process.code not in (None, 0, -signal.SIGKILL):
-                    raise AssertionError(f"{process.name} ended with {process.code}:\n{process.tail()}")
+                if process.running() or process.name not in self.lasting:
+                    continue
+                raise AssertionError(f"{process.name} ended with {process.code}:\n{process.tail()}")
             try:
-                return self.behind() == 0
+                return self.behind() == 0 and ("dispatcher" not in self.processes or self.told())
             except AnchorwatchError as error:
                 if not error.retry:
                     raise
                 return False
 
-        wait_for(caught_up, seconds, lambda: self.tails())
+        wait_for(at_rest, seconds, self.tails)
+
+    def told(self) -> bool:
+        """Whether nothing waits in the outbox."""
+        with self.opened() as (_, store):
+            return not store.pending(1)
+
+    @property
+    def lasting(self) -> set[str]:
+        """Those that do not end by themselves."""
+        return {name for name in self.processes if name.startswith("worker") or name == "dispatcher"}
+
+    def dead_letter_reasons(self) -> set[str]:
+        with self.opened() as (log, _):
+            letters = [one for p in range(log.partitions(DEAD_LETTERS)) for one in records(log, DEAD_LETTERS, p)]
+        return {dict(letter.headers)["reason"].decode() for letter in letters}
 
     def tails(self) -> str:
         return "\n".join(f"--- {p.name} ({p.code}):\n{p.tail(1500)}" for p in self.processes.values() if p._popen)
 
-    def examine(self, **more: Any) -> Report:
-        """The history checker over all of it. See `history.examine`."""
+    def examine(self, *, believed: bool = True, **more: Any) -> Report:
+        """The history checker over all of it; `believed` says whether what the journals claim is compared, too."""
         with self.opened() as (log, store):
-            return examine(log, store, self.config, produced=self.produced(), deliveries=self.deliveries(), **more)
+            produced = self.produced() if believed else []
+            return examine(log, store, self.config, produced=produced, deliveries=self.deliveries(), **more)
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = PATIENCE, told: Callable[[], str] = str) -> None:
