@@ -533,17 +533,18 @@ def test_minutes_add_up_over_batches_and_partitions(store: Backend) -> None:
     assert store.minutes(now + 2, now) == []
 
 
-def test_minutes_two_days_older_than_the_newest_go_and_younger_ones_stay(store: Backend) -> None:
+def test_minutes_go_two_days_after_the_last_closed_one_and_never_before_they_are_closed(store: Backend) -> None:
     now = int(START // 60)
     writer = Writer(store)
-    for minute in (now - 8 * 1440, now - 4 * 1440, now - 1440, now):
+    minutes = [now - 8 * 1440, now - 4 * 1440, now - 1440, now, 2**35]  # the last by a collector's clock gone mad
+    for minute in minutes:
         writer.commit(sums=[MinuteSums(minute, "shop", 1, 0, 0)], watermark=minute * 60.0)
-    assert [s.minute for s in store.minutes(0, now)] == [now - 1440, now]
-    far = 2**35  # a collector's clock gone mad
-    writer.commit(sums=[MinuteSums(far, "shop", 1, 0, 0)], watermark=far * 60.0)
-    today = int(time.time() // 60)
-    writer.commit(sums=[MinuteSums(today, "shop", 1, 0, 0)], watermark=today * 60.0)
-    assert today in [s.minute for s in store.minutes(today, today)]
+    assert [s.minute for s in store.minutes(0, 2**40)] == minutes
+    store.close_minutes(None, ClosedMinutes(now - 4 * 1440, [], {}), [])
+    assert [s.minute for s in store.minutes(0, 2**40)] == minutes[1:]
+    writer.commit(sums=[MinuteSums(now - 1, "shop", 1, 0, 0)])
+    store.close_minutes(now - 4 * 1440, ClosedMinutes(now, [], {}), [])
+    assert [s.minute for s in store.minutes(0, 2**40)] == [now - 1440, now - 1, now, 2**35]
 
 
 def fleet_finding(id: str) -> Finding:
@@ -568,7 +569,7 @@ def fleet_finding(id: str) -> Finding:
 
 
 def test_the_fleets_minutes_are_closed_by_one_reader_at_a_time(store: Backend) -> None:
-    first = ClosedMinutes(10, [MinuteSums(10, "shop", 1, 2, 0)], {"shop": 3})
+    first = ClosedMinutes(10, [MinuteSums(10, "shop", 1, 2, 0)], {"shop": 3}, [MinuteSums(0, "shop", 1, 2, 0)])
     store.close_minutes(None, first, [fleet_finding("f1")])
     assert store.closed() == first
     with pytest.raises(CommitRefused):

@@ -169,7 +169,7 @@ class SqliteStore:
                 "DELETE FROM trajectory WHERE conversation_id = ? AND number <= ?",
                 ((key, points[-1].number - self._trajectory_points) for key, points in batch.points.items()),
             )
-            _add(connection, batch.sums, self._clock())
+            _add(connection, batch.sums)
             _tell(connection, batch.findings, self._clock())
 
     def close(self) -> None:
@@ -305,6 +305,7 @@ class SqliteStore:
             connection.execute(
                 "INSERT OR REPLACE INTO closed VALUES ('fleet', ?, ?)", (closed.through, _encode(closed))
             )
+            connection.execute("DELETE FROM minutes WHERE minute < ?", (closed.through - KEPT_MINUTES,))
             _tell(connection, findings, self._clock())
 
     # For the operators' actions.
@@ -382,17 +383,13 @@ def _tell(connection: sqlite3.Connection, findings: list[Finding], now: float) -
             )
 
 
-def _add(connection: sqlite3.Connection, sums: list[MinuteSums], now: float) -> None:
-    """Add to the fleet's minutes, and drop what is two days older than the newest."""
+def _add(connection: sqlite3.Connection, sums: list[MinuteSums]) -> None:
+    """Add to the fleet's minutes."""
     connection.executemany(
         "INSERT INTO minutes VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET responses = responses + "
         "excluded.responses, z = z + excluded.z, warned = warned + excluded.warned",
         ((s.minute, s.deployment, s.responses, s.z, s.warned) for s in sums),
     )
-    if sums:
-        # One collector's clock in the far future must not age everything else at once.
-        newest = min(max(s.minute for s in sums), int(now // 60))
-        connection.execute("DELETE FROM minutes WHERE minute < ?", (newest - KEPT_MINUTES,))
 
 
 def _actions_offset(connection: sqlite3.Connection, topic_id: str) -> int:

@@ -266,13 +266,15 @@ class ClosedMinutes(Struct, frozen=True):
 
     Attributes:
         through: the last minute that is closed.
-        minutes: the newest closed ones, as they were when they were closed, in order.
-        late: deployment → responses that came for a minute after it had been closed.
+        minutes: those closed ones that the detectors are rebuilt from, as they were when they were closed, in order.
+        late: deployment → responses that came for a minute of the last day after it had been closed.
+        hours: the closed minutes of the last week, summed by the hour; `minute` is the hour's first. In order.
     """
 
     through: int
     minutes: list[MinuteSums]
     late: dict[str, int]
+    hours: list[MinuteSums] = []
 
 
 class Fleet(Protocol):
@@ -280,7 +282,8 @@ class Fleet(Protocol):
 
     def minutes(self, first: int, last: int) -> list[MinuteSums]:
         """The sums over all partitions for minutes first to last, both included, in order. What is two days older than
-        the newest may be gone."""
+        the last closed minute may be gone. What is not closed yet never is: in a rebuilt store one partition may run
+        days ahead of another."""
 
     def closed(self) -> ClosedMinutes | None:
         """What was closed last."""
