@@ -1,1 +1,1 @@
-"""What people get told: from findings to notifications. Its stages and channels come with the alerting release."""
+"""What people get told: from findings to notifications."""

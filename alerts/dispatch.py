@@ -21,11 +21,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import structlog
 
-from monitor import telemetry
+from alerts.channels import JsonLines
+from monitor import connect, telemetry
 from monitor.actions import (
     ActionsFold,
     Silence,
@@ -48,10 +50,12 @@ from monitor.errors import (
 from monitor.events import Finding
 from monitor.paging import Known, decide
 from monitor.placement import partition_of
+from monitor.settings import Settings
 from monitor.store.store import Outbox, Pending, Reader
 from monitor.stream.log import PROJECTIONS, Log
+from monitor.worker import stop_on_signals
 
-__all__ = ["Channel", "Dispatcher", "DispatcherStore"]
+__all__ = ["Channel", "Dispatcher", "DispatcherStore", "run"]
 
 LEASE = "dispatch"
 LEASE_SECONDS = 15.0
@@ -325,6 +329,25 @@ class Dispatcher:
     def _log_failed(self, error: LogError) -> None:
         self._log_failures += 1
         _say_sometimes("the log of actions is away; findings are told nevertheless", error, self._log_failures)
+
+
+def run(settings: Settings, out: Path | None) -> None:
+    """`anchorwatch dispatch`: tell, as JSON lines in `out` or on standard output, until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError, LogError, StoreError: it can't begin, or somebody must look.
+    """
+    from prometheus_client import start_http_server
+
+    stop = stop_on_signals()
+    if settings.metrics_port is not None:
+        start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
+    log, store = connect.log(settings), connect.store(settings)
+    try:
+        Dispatcher(log, store, JsonLines(out), max_age=settings.page_max_age_seconds).run(stop)
+    finally:
+        log.close()
+        store.close()
 
 
 def _note(key: str, value: bytes) -> _Note:

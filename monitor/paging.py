@@ -110,22 +110,14 @@ def _reason(finding: Finding, known: Known, told_episodes: Collection[str]) -> R
     silenced = any(silence.matches(finding) for silence in known.silences)
     if known.now - _seconds(finding.time) <= known.max_age and not silenced:
         return "new"
-    if not _open(finding, known):
-        return "over"  # an episode never opens again, so there is nothing to wait for
-    if silenced:
-        return "silenced"
-    return "catching_up" if known.behind(finding.conversation_id) else "still_open"
-
-
-def _open(finding: Finding, known: Known) -> bool:
-    """Whether the finding's episode is open, in a conversation that has not fallen silent.
-
-    Most people whose conversation drifts just leave: their episode stays open for ever, and calls for nobody.
-    """
     session = known.session(finding.conversation_id) if finding.conversation_id else None
-    return (
-        session is not None and session.episode_id == finding.episode_id and known.now - session.time <= known.max_age
-    )
+    if session is None or session.episode_id != finding.episode_id:
+        return "over"  # an episode never opens again, so there is nothing to wait for
+    if known.behind(finding.conversation_id):
+        return "catching_up"
+    if known.now - session.time > known.max_age:
+        return "over"  # most people whose conversation drifts just leave: such an episode stays open for ever
+    return "silenced" if silenced else "still_open"
 
 
 def _seconds(time: str) -> float:
