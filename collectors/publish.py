@@ -58,7 +58,7 @@ class QueuePublisher:
             nothing else, "drop_oldest" drops the newest. With "spool" what the log does not take goes to disk, and the
             newest are dropped when the disk takes no more either.
         topic: the log's topic.
-        spool: directory of the spool; it belongs to one process at a time.
+        spool: directory of spools, one for each topic; each belongs to one process at a time.
         spool_bytes: most that the spool may hold.
 
     Attributes:
@@ -241,7 +241,7 @@ class QueuePublisher:
             pause = min(pause * 2, LONGEST_RETRY_SECONDS)
 
 
-def open_publisher(log: Log, settings: Settings) -> QueuePublisher:
+def open_publisher(log: Log, settings: Settings, topic: str = PROJECTIONS) -> QueuePublisher:
     """The publisher that the settings ask for.
 
     Raises:
@@ -251,6 +251,7 @@ def open_publisher(log: Log, settings: Settings) -> QueuePublisher:
         log,
         size=settings.queue_size,
         when_full=settings.when_full,
+        topic=topic,
         spool=settings.spool_dir or settings.data_dir / "spool" if settings.when_full == "spool" else None,
         spool_bytes=settings.spool_max_bytes,
     )
@@ -260,4 +261,4 @@ def _resending(log: Log, topic: str, directory: Path, max_bytes: int, refused: C
     from collectors.resend import ResendingLog  # file locks are POSIX's: only who spools needs them
     from collectors.spool import Spool
 
-    return ResendingLog(log, topic, Spool(directory, max_bytes), refused)
+    return ResendingLog(log, topic, Spool(directory / topic, max_bytes), refused)
