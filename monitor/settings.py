@@ -160,6 +160,30 @@ class Settings(BaseSettings):
         "caught up.",
     )
     batch_size: int = Field(default=500, ge=1, le=10_000, description="How many records a worker folds in one commit.")
+    fleet_watch: bool = Field(
+        default=True, description="Whether the worker that keeps house looks for shifts of whole deployments."
+    )
+    fleet_tolerance: float = Field(
+        default=0.2,
+        gt=0,
+        le=5,
+        allow_inf_nan=False,
+        description="Least move of a deployment's mean that is told as a shift, in standard deviations of its "
+        "baseline.",
+    )
+    fleet_lateness_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="How long after its end a minute of the fleet waits for responses that are still on their way.",
+    )
+    fleet_patience_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="How long the fleet's minutes wait for a partition that lags and does not move.",
+    )
 
     @model_validator(mode="after")
     def _places(self) -> Settings:

@@ -18,6 +18,10 @@ __all__ = [
     "DEAD_LETTER_RECORDS",
     "DUTY_FAILURES",
     "FINDINGS",
+    "FLEET_CLOSED",
+    "FLEET_LATE",
+    "FLEET_Z",
+    "FLEET_Z_ERROR",
     "HOUSEKEEPER",
     "HTTP_PROJECTIONS",
     "HTTP_QUEUE_BYTES",
@@ -135,6 +139,31 @@ TAP_ERRORS = Counter(
 )
 RESPONSES_UNSCORED = Counter(
     "anchorwatch_responses_unscored_total", "Responses without a projection, by reason", ["reason"], registry=REGISTRY
+)
+
+# The fleet: whole deployments. At most fifty of them, the busiest, have labels of their own.
+FLEET_Z = Gauge(
+    "anchorwatch_fleet_z",
+    "Mean z of a deployment over the last closed hour, day or week; its baseline's mean is 0",
+    ["deployment", "span"],
+    registry=REGISTRY,
+)
+FLEET_Z_ERROR = Gauge(
+    "anchorwatch_fleet_z_error",
+    "Standard error of that mean, hours taken as independent",
+    ["deployment", "span"],
+    registry=REGISTRY,
+)
+FLEET_LATE = Gauge(
+    "anchorwatch_fleet_late_responses",
+    "Responses of the last day's minutes that came after their minute had been closed",
+    ["deployment"],
+    registry=REGISTRY,
+)
+FLEET_CLOSED = Gauge(
+    "anchorwatch_fleet_closed_seconds",
+    "Event time up to which the fleet's minutes are closed, seconds since 1970",
+    registry=REGISTRY,
 )
 
 # The HTTP interface.
