@@ -226,7 +226,7 @@ def _torn(path: Path) -> bool:
     if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
         return False
     page_bytes = int.from_bytes(header[16:18], "big")
-    return size % (65536 if page_bytes == 1 else page_bytes) != 0
+    return page_bytes != 0 and size % (65536 if page_bytes == 1 else page_bytes) != 0  # of 0 SQLite says what is wrong
 
 
 def _write_ahead(connection: sqlite3.Connection) -> str:
