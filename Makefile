@@ -11,6 +11,9 @@ TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 # Where to take torch from, when the place that pip is set up for has no build that suits this machine. On Linux,
 # PyTorch's own CPU index saves gigabytes of CUDA where there is no GPU: give its address here.
 TORCH_INDEX ?=
+# How long to inject faults, and the seed of the first round; by default another one every time.
+SECONDS ?= 600
+SEED ?=
 # More arguments for what is run: make demo ARGS=--json, make test ARGS="-k bundle", make bench ARGS="--rounds 20".
 ARGS ?=
 
@@ -21,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := collect,smollm2,plot,audit,service,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench secrets clean
+.PHONY: help setup demo test soak check bench secrets clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name what; \
@@ -34,6 +37,9 @@ demo: $(INSTALLED)  ## watch a real model talk, and see drifting conversations f
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
+
+soak: $(INSTALLED)  ## kill, freeze, wipe and fill up real parts for SECONDS=600, and check that nothing is lost or twice
+	PYTHONPATH=tests $(BIN)/python -m faults.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 check: $(INSTALLED)  ## lint, formatting, types and import floors
 	$(BIN)/ruff check .

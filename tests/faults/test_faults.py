@@ -1,0 +1,53 @@
+"""The fault suite in its quick form: the most telling scenarios, small. `make soak` runs all of them, long.
+
+ANCHORWATCH_TEST_SEED names the seed; it is printed with a failure, and reproduces what the processes are told to do, if
+not how the machine schedules them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from faults import scenarios
+from faults.scenarios import Outcome
+from faults.soak import summary
+
+SEED = int(os.environ.get("ANCHORWATCH_TEST_SEED") or random.SystemRandom().randrange(1_000_000))
+
+QUICK: dict[str, Callable[[Path, int], Outcome]] = {
+    "kills-tansu": lambda d, s: scenarios.kills(d, s, rounds=5),
+    "zombie": lambda d, s: scenarios.zombie(d, s, freezes=1),
+    "store-away": lambda d, s: scenarios.store_away(d, s, seconds=2.0),
+    "broker-away": lambda d, s: scenarios.broker_away(d, s, seconds=3.0),
+    "full-disk": scenarios.full_disk,
+    "poison": lambda d, s: scenarios.poison(d, s, turns=12),
+    "all-poison": scenarios.all_poison,
+    "strange-traffic": lambda d, s: scenarios.strange_traffic(d, s, turns=60),
+    "long-and-flooded": lambda d, s: scenarios.long_and_flooded(d, s, turns=3_000),
+    "calibrations": lambda d, s: scenarios.calibrations(d, s, changes=1),
+    "topic-made-anew": scenarios.topic_made_anew,
+}
+
+
+@pytest.fixture(scope="module")
+def done(request: pytest.FixtureRequest) -> Iterator[list[Outcome]]:
+    outcomes: list[Outcome] = []
+    yield outcomes
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\nfaults: {summary(outcomes, SEED)}")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_nothing_is_lost_and_nothing_twice(name: str, tmp_path: Path, done: list[Outcome]) -> None:
+    print(f"ANCHORWATCH_TEST_SEED={SEED}")
+    outcome = QUICK[name](tmp_path, SEED)
+    print(outcome)
+    assert (outcome.report.lost, outcome.report.duplicated) == (0, 0)
+    assert outcome.report.events > 0
+    done.append(outcome)
