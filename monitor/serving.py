@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from monitor import connect, telemetry
-from monitor.api.auth import Keys, Scope, create_key, read_keys, revoke_key
+from monitor.api.auth import SCOPES, Keys, create_key, read_keys, revoke_key
 from monitor.errors import ConfigurationError
 from monitor.settings import Settings, load_settings
 
@@ -85,8 +85,8 @@ def api() -> None:
 def keys_create(
     name: Annotated[str, typer.Option(help="What you call it: who is to use it, and where.")],
     scope: Annotated[
-        list[Scope],
-        typer.Option(help="What it may do; give it more than once for more."),
+        list[str],
+        typer.Option(help=f"What it may do: {', '.join(SCOPES)}. Give it more than once for more."),
     ],
 ) -> None:
     """Make a key, and print it: the only time that it is shown. A running server knows it at once."""

@@ -145,16 +145,16 @@ def read_keys(path: Path) -> list[Key]:
         ) from error
 
 
-def create_key(path: Path, name: str, scopes: Sequence[Scope]) -> str:
+def create_key(path: Path, name: str, scopes: Sequence[str]) -> str:
     """Add a key to the file and give it as `id.secret`. This is the only time that anybody sees the secret.
 
     Raises:
-        ConfigurationError: no scope, no name, or the file can't be used.
+        ConfigurationError: no scope, an unknown one, no name, or the file can't be used.
     """
-    if not scopes or not name or len(name) > 64:
+    if not scopes or not set(scopes) <= set(SCOPES) or not 0 < len(name) <= 64:
         raise ConfigurationError(
-            "a key needs at least one scope, and a name of at most 64 characters",
-            cure=f"--name collector-1 --scope {'|'.join(SCOPES)}",
+            f"a key needs a name of at most 64 characters, and at least one scope of {', '.join(SCOPES)}",
+            cure="anchorwatch keys create --name collector-1 --scope ingest",
         )
     secret = secrets.token_urlsafe(SECRET_BYTES)
     key = Key(
