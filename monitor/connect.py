@@ -15,8 +15,7 @@ from monitor.detect.baseline import DetectorConfig
 from monitor.detect.configure import detector_config
 from monitor.errors import ConfigurationError
 from monitor.settings import Settings
-from monitor.store import open_store
-from monitor.store.sqlite import SqliteStore
+from monitor.store import Backend, open_store
 from monitor.stream import open_log
 from monitor.stream.log import PROJECTIONS, EmbeddedSubscription, Log, Subscription
 
@@ -28,9 +27,16 @@ def log(settings: Settings) -> Log:
     return open_log(settings.log_url)
 
 
-def store(settings: Settings) -> SqliteStore:
+def store(settings: Settings) -> Backend:
     """The store of ANCHORWATCH_STORE_URL."""
-    return open_store(settings.store_url)
+    return open_store(
+        settings.store_url,
+        trajectory_points=settings.trajectory_points,
+        ttl_seconds=settings.store_ttl_seconds,
+        password=_secret(settings.store_password_file),
+        sentinel_password=_secret(settings.store_sentinel_password_file),
+        ca_file=str(settings.store_ca_file) if settings.store_ca_file else None,
+    )
 
 
 def subscription(settings: Settings, log: Log, topic: str = PROJECTIONS) -> Subscription:  # noqa: ARG001
@@ -62,3 +68,15 @@ def shown(url: str) -> str:
     """A URL for people: without the password that it may hold."""
     parts = urlsplit(url)
     return url if parts.password is None else url.replace(f":{parts.password}@", ":***@", 1)
+
+
+def _secret(path: Path | None) -> str | None:
+    """What a secret's file holds, without the newline at its end."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"the secret in {path} can't be read ({type(error).__name__})", cure="let this user read it, as UTF-8 text"
+        ) from error

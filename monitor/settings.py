@@ -18,6 +18,7 @@ import platformdirs
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from monitor.address import REDIS_SCHEMES, redis_address
 from monitor.database import sqlite_path, sqlite_url
 from monitor.errors import ConfigurationError
 
@@ -40,6 +41,21 @@ def _known_backend(url: str) -> str:
     return url
 
 
+def _known_store(url: str) -> str:
+    """The same for the store, which may be a Redis, too."""
+    if urlsplit(url).scheme in REDIS_SCHEMES:
+        try:
+            redis_address(url)
+        except ConfigurationError as error:
+            raise ValueError(error.problem) from error
+    elif url:
+        try:
+            sqlite_path(url)
+        except ConfigurationError as error:
+            raise ValueError(f"must be a Redis, such as redis://host:6379/0, or {error.cure}") from error
+    return url
+
+
 def _long_enough(key: SecretStr | None) -> SecretStr | None:
     if key is not None and len(key.get_secret_value()) < KEY_BYTES:
         raise ValueError(f"must have at least {KEY_BYTES} characters; `openssl rand -hex {KEY_BYTES}` makes one")
@@ -51,6 +67,7 @@ def _lower(value: object) -> object:
 
 
 Url = Annotated[str, AfterValidator(_known_backend)]
+StoreUrl = Annotated[str, AfterValidator(_known_store)]
 
 
 class Settings(BaseSettings):
@@ -65,9 +82,30 @@ class Settings(BaseSettings):
     log_url: Url = Field(
         default="", description="Where records wait: sqlite:///absolute/path. By default log.db in the data directory."
     )
-    store_url: Url = Field(
+    store_url: StoreUrl = Field(
         default="",
-        description="Where results are kept: sqlite:///absolute/path. By default store.db in the data directory.",
+        description="Where results are kept: sqlite:///absolute/path, redis://host:6379/0, "
+        "redis+sentinel://host1:26379,host2:26379/service or redis+cluster://host1:6379,host2:6379; rediss for TLS. By "
+        "default store.db in the data directory.",
+    )
+    store_password_file: Path | None = Field(
+        default=None, description="File with the password of the Redis of the store. By default the URL's, if any."
+    )
+    store_sentinel_password_file: Path | None = Field(
+        default=None, description="File with the password of the sentinels themselves. By default they want none."
+    )
+    store_ca_file: Path | None = Field(
+        default=None,
+        description="PEM file of the authority that signed the Redis's certificate. By default the system's.",
+    )
+    store_ttl_seconds: float = Field(
+        default=604_800.0,
+        ge=60,
+        allow_inf_nan=False,
+        description="How long Redis keeps a conversation after its last response. Longer than the session gap.",
+    )
+    trajectory_points: int = Field(
+        default=256, ge=1, le=100_000, description="How many responses of a conversation the store keeps for people."
     )
     installation_key: Annotated[SecretStr | None, AfterValidator(_long_enough)] = Field(
         default=None,
@@ -194,6 +232,8 @@ class Settings(BaseSettings):
             raise ValueError("api_tls_certificate and api_tls_key go together; give both, or neither")
         if self.api_queue_bytes < self.api_max_body_bytes + 1024:
             raise ValueError("api_queue_bytes must have room for one whole body, api_max_body_bytes, and 1 KiB")
+        if self.store_ttl_seconds <= self.session_gap_seconds:
+            raise ValueError("store_ttl_seconds must be longer than session_gap_seconds: a silence ends there first")
         if self.log_url == self.store_url:
             raise ValueError("log_url and store_url name one file; give each its own")
         return self

@@ -7,13 +7,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from servers import fresh
 from service import CONFIG, projection
 
 from monitor.batch import Folded, to_commit
@@ -22,19 +22,15 @@ from monitor.detect.conversation import ConversationState, step
 from monitor.errors import CommitRefused, ConfigurationError, StoreError, StoreUnavailable
 from monitor.events import Finding, Projection
 from monitor.placement import partition_of
-from monitor.store import open_store
+from monitor.store import Backend, open_store
+from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
 from monitor.store.store import (
-    Actions,
     ClosedMinutes,
     Commit,
-    Fleet,
-    Housekeeping,
     MinuteSums,
-    Outbox,
     Position,
     Progress,
-    Reader,
     Session,
     Store,
     TrajectoryPoint,
@@ -46,18 +42,15 @@ LOG = "id of the log"
 START = 1767225600.0  # 2026-01-01T00:00:00Z, the time of turn 0; 30 s a turn
 
 
-class Backend(Store, Reader, Outbox, Housekeeping, Fleet, Actions, Protocol):
-    """All the seams."""
-
-
-BACKENDS: dict[str, Callable[[Path], Backend]] = {
-    "sqlite": lambda directory: SqliteStore(directory / "store.db", trajectory_points=5),
+BACKENDS: dict[str, Callable[[Path, str], Backend]] = {
+    "sqlite": lambda directory, redis: SqliteStore(directory / "store.db", trajectory_points=5),
+    "redis": lambda directory, redis: RedisStore(redis, trajectory_points=5, prefix=fresh("store")),
 }
 
 
 @pytest.fixture(params=sorted(BACKENDS))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
-    opened = BACKENDS[request.param](tmp_path)
+def store(request: pytest.FixtureRequest, tmp_path: Path, shared_redis: str) -> Iterator[Backend]:
+    opened = BACKENDS[request.param](tmp_path, shared_redis)
     yield opened
     opened.close()
 
@@ -316,9 +309,9 @@ def test_a_deletion_refuses_whoever_still_has_the_deleted_state(store: Backend) 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), unique=True, max_size=20))
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_any_conversation_id_is_found_again(backend: str, names: list[str]) -> None:
+def test_any_conversation_id_is_found_again(shared_redis: str, backend: str, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        store = BACKENDS[backend](Path(directory))
+        store = BACKENDS[backend](Path(directory), shared_redis)
         batch = Writer(store).commit(*(projection(name, 0, -5.0) for name in names))
         assert store.load(TOPIC, 0, names) == batch.states
         assert {s.conversation_id for s in store.sessions(100)} == set(names)

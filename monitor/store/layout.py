@@ -1,0 +1,189 @@
+"""How a conversation lies in one string of bytes: its session, its state, its trajectory, one behind the other.
+
+It knows no server. Everything is little-endian and without padding::
+
+    head       how long head, session and state are together; number of the label (deployment, model, axis)
+    session    `Session` in fixed fields, then the open episode's id
+    state      the fold's own bytes, opaque here
+    points     `TrajectoryPoint`, 37 bytes each, oldest first
+
+Points are appended and cut by the store without being read. Their numbers are not written: the newest one's is the
+session's count of responses. Numbers are single precision, so exact to seven digits, and a number that does not fit is
+kept as the nearest one that does; NaN stands for None.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Final, get_args
+
+from monitor.errors import StoreError
+from monitor.events import Kind, Outcome, Severity
+from monitor.store.store import Session, TrajectoryPoint
+
+__all__ = ["HEAD", "POINT", "READ_AHEAD", "SESSION", "pack_point", "pack_session", "unpack_points", "unpack_session"]
+
+HEAD: Final = struct.Struct("<II")
+# flags, words, time, started, turn, responses, projection, z, risk, lowest_z, highest_risk, length of the episode's id
+SESSION: Final = struct.Struct("<BBddIIfffffB")
+# time, turn, projection, held, z, risk, place, outcome
+POINT: Final = struct.Struct("<dIffffffB")
+READ_AHEAD: Final = HEAD.size + SESSION.size + 255  # head and session, however long the episode's id is
+
+THERE: Final = 1  # a session is there: not only duplicates have come
+TRUNCATED: Final = 2
+TOLD: Final = 4  # there are findings; the store sets it
+
+_NAN: Final = math.nan
+_LARGEST: Final = 3.4028234663852886e38
+_LARGEST_COUNT: Final = 2**32 - 1
+
+# Numbers of words are written to disk: add at the end, never reorder.
+_OUTCOMES: Final[tuple[Outcome, ...]] = ("folded", "duplicate", "branch", "late", "unjudged", "learning")
+_KINDS: Final[tuple[Kind | None, ...]] = (
+    None,
+    "low_start",
+    "sudden_drop",
+    "sustained_drop",
+    "dip",
+    "recovered",
+    "fleet_shift",
+)
+_SEVERITIES: Final[tuple[Severity | None, ...]] = (None, "warning", "critical", "info")
+_OUTCOME = {word: number for number, word in enumerate(_OUTCOMES)}
+_KIND = {word: number << 3 for number, word in enumerate(_KINDS)}
+_SEVERITY = {word: number << 6 for number, word in enumerate(_SEVERITIES)}
+assert set(_OUTCOMES) == set(get_args(Outcome))
+assert set(_KINDS) == {None, *get_args(Kind)}
+assert set(_SEVERITIES) == {None, *get_args(Severity)}
+
+
+def pack_point(point: TrajectoryPoint) -> bytes:
+    """One point of a trajectory."""
+    z, risk, place = point.z, point.risk, point.place
+    first, second = (_NAN, _NAN) if place is None else place
+    fields = (
+        point.time,
+        point.turn,
+        point.projection,
+        point.held,
+        _NAN if z is None else z,
+        _NAN if risk is None else risk,
+        first,
+        second,
+        _OUTCOME[point.outcome],
+    )
+    try:
+        return POINT.pack(*fields)
+    except (OverflowError, struct.error):
+        return POINT.pack(fields[0], _count(point.turn), *map(_single, fields[2:8]), fields[8])
+
+
+def pack_session(session: Session) -> bytes:
+    """A session without its conversation's id and label."""
+    z, risk, lowest, highest = session.z, session.risk, session.lowest_z, session.highest_risk
+    episode = b"" if session.episode_id is None else session.episode_id.encode()[:255]
+    fields = (
+        THERE | TRUNCATED if session.truncated else THERE,
+        _OUTCOME[session.outcome] | _KIND[session.kind] | _SEVERITY[session.severity],
+        session.time,
+        session.started,
+        session.turn,
+        session.responses,
+        session.projection,
+        _NAN if z is None else z,
+        _NAN if risk is None else risk,
+        _NAN if lowest is None else lowest,
+        _NAN if highest is None else highest,
+        len(episode),
+    )
+    try:
+        return SESSION.pack(*fields) + episode
+    except (OverflowError, struct.error):
+        counts = map(_count, fields[4:6])
+        return SESSION.pack(*fields[:4], *counts, *map(_single, fields[6:11]), fields[11]) + episode
+
+
+def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, str]) -> Session | None:
+    """The session in a conversation's bytes, of which the first `READ_AHEAD` do; None when there is none.
+
+    `label` is (deployment, model, axis id).
+    """
+    flags, words, time, started, turn, responses, projection, z, risk, lowest, highest, length = _session(value)
+    if not flags & THERE:
+        return None
+    begin = HEAD.size + SESSION.size
+    return Session(
+        conversation_id=conversation_id,
+        deployment=label[0],
+        model=label[1],
+        axis_id=label[2],
+        turn=turn,
+        projection=projection,
+        outcome=_OUTCOMES[words & 7],
+        time=time,
+        started=started,
+        responses=responses,
+        z=_some(z),
+        risk=_some(risk),
+        lowest_z=_some(lowest),
+        highest_risk=_some(highest),
+        truncated=bool(flags & TRUNCATED),
+        episode_id=value[begin : begin + length].decode() if length else None,
+        kind=_KINDS[words >> 3 & 7],
+        severity=_SEVERITIES[words >> 6],
+    )
+
+
+def unpack_points(value: bytes) -> list[TrajectoryPoint]:
+    """The points in all of a conversation's bytes."""
+    begin, _ = HEAD.unpack_from(value)
+    count, rest = divmod(len(value) - begin, POINT.size)
+    if rest or count < 0:
+        raise damaged()
+    responses = _session(value)[5]
+    return [
+        TrajectoryPoint(
+            number=responses - count + number,
+            time=time,
+            turn=turn,
+            projection=projection,
+            held=held,
+            outcome=_OUTCOMES[outcome],
+            z=_some(z),
+            risk=_some(risk),
+            place=None if math.isnan(first) else (first, second),
+        )
+        for number, (time, turn, projection, held, z, risk, first, second, outcome) in enumerate(
+            POINT.iter_unpack(value[begin:]), 1
+        )
+    ]
+
+
+def damaged() -> StoreError:
+    """What is there is not what was written."""
+    return StoreError(
+        "a conversation in the store is damaged",
+        cure="something else writes under Anchorwatch's prefix: find it. Then empty the store: it is rebuilt from the "
+        "log, as far as the log reaches",
+    )
+
+
+def _session(value: bytes) -> tuple[int, int, float, float, int, int, float, float, float, float, float, int]:
+    try:
+        return SESSION.unpack_from(value, HEAD.size)
+    except struct.error as error:
+        raise damaged() from error
+
+
+def _some(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _single(value: float) -> float:
+    return value if math.isnan(value) else max(-_LARGEST, min(value, _LARGEST))
+
+
+def _count(value: int) -> int:
+    return min(value, _LARGEST_COUNT)
