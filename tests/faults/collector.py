@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from array import array
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ from monitor.telemetry import configure_logging
 from monitor.worker import stop_on_signals
 
 AXIS = "axis-1"
+REMEMBERED = 20_000  # projections that a collector may hand over once more
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,29 +79,27 @@ class Intent(msgspec.Struct, frozen=True):
     again: bool = False
 
 
-def intents(plan: Plan) -> list[Intent]:
+def intents(plan: Plan) -> Iterator[Intent]:
     """All calls of a plan, in order."""
     chance = random.Random(f"{plan.seed}/{plan.name}")
-    made: list[Intent] = []
-    by_conversation: dict[str, list[Intent]] = {}
+    by_conversation: dict[str, deque[Intent]] = {}
     for turn in range(plan.turns):
         for number in range(plan.conversations):
             name = f"{plan.name}-{number}"
             drift = -0.6 * min(turn, 8) if number % 2 and turn % 40 < 25 else 0.0
             value = round(chance.gauss(drift, 0.7), 4)
-            said = by_conversation.setdefault(name, [])
+            said = by_conversation.setdefault(name, deque(maxlen=100))
             new = [Intent(name, turn, f"{name}#{turn}", value)]
             if chance.random() < plan.branches:
                 new.append(Intent(name, turn, f"{name}#{turn}b", value - 1.0))
             if turn > 40 and chance.random() < plan.late:
                 new.append(Intent(name, turn - 40, f"{name}#{turn}l", value))
             if said and chance.random() < plan.duplicates:
-                new.append(msgspec.structs.replace(chance.choice(said[-20:]), again=True))
-            if len(said) > 100 and chance.random() < plan.old_duplicates:
-                new.append(msgspec.structs.replace(said[-100], again=True))
+                new.append(msgspec.structs.replace(chance.choice(list(said)[-20:]), again=True))
+            if len(said) == said.maxlen and chance.random() < plan.old_duplicates:
+                new.append(msgspec.structs.replace(said[0], again=True))
             said += [intent for intent in new if not intent.again]
-            made += new
-    return made
+            yield from new
 
 
 def projection(intent: Intent, time: datetime) -> Projection:
@@ -214,7 +214,7 @@ def main() -> None:
         return
     change = of_a_release_to_come if plan.minor else lambda message: message
     publisher = open_publisher(Journalled(connect.log(settings), journal, change), settings)
-    made: dict[str, Projection] = {}
+    made: OrderedDict[str, Projection] = OrderedDict()
     times = array("d")
     taken = dropped = 0
     print("ready", flush=True)
@@ -229,6 +229,8 @@ def main() -> None:
             made[intent.id] if intent.again else projection(intent, datetime.now(UTC) + timedelta(seconds=plan.skew))
         )
         made[intent.id] = event
+        if len(made) > REMEMBERED:
+            made.popitem(last=False)
         journal.offered(index, event.conversation_id, change(Message(event.conversation_id, encode(event))).value)
         started = time.monotonic()
         if publisher.publish(event):
