@@ -19,7 +19,7 @@ from monitor.events import now_utc
 from monitor.placement import partition_of
 from monitor.stream.log import DEAD_LETTERS, Log, Message, Record
 
-__all__ = ["HOPELESS", "DeadLetter", "Mark", "Refusal", "find_letter", "newest_letters", "obstacle", "requeue"]
+__all__ = ["HOPELESS", "DeadLetter", "Mark", "Refusal", "find_letter", "newest_letters", "obstacle", "plain", "requeue"]
 
 WINDOW = 500
 REQUEUED = "requeued"
@@ -134,6 +134,11 @@ def requeue(
         log.append(DEAD_LETTERS, [Message(letter.id, b"", ((REQUEUED, mark),)) for letter in part])
         gone += [letter.id for letter in part]
     return gone, refused
+
+
+def plain(text: str) -> str:
+    """Text that a terminal may be given: each control character as its escape."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _letters(log: Log, partition: int) -> Iterator[DeadLetter]:

@@ -497,6 +497,10 @@ class RedisStore:
         """
         return [line for told in self._look() for line in _advice(told)]
 
+    def now(self) -> float:
+        """The clock of this Redis, or of the cluster's first primary; seconds since 1970."""
+        return int(self._look()[0]["server_time_usec"]) / 1e6
+
     # Below here: keys, connections, errors.
 
     def _tag_of(self, name: str) -> str:
