@@ -20,6 +20,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from msgspec import Struct
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
 
 from monitor import telemetry
 from monitor.api.auth import Key, Keys, Scope
@@ -184,8 +185,8 @@ def create_app(log: Log, keys: Keys, options: Options = Options()) -> FastAPI:  
         responses={200: {"description": "It can."}, 503: {"description": "The log is away."}},
     )
     async def readyz() -> Response:
-        """Whether the log answers; asked once a second at most."""
-        if await probe.answers():
+        """Whether the log answers, and nobody waits for it to take projections."""
+        if await probe.answers() and not app.state.intake.stuck:
             return _json({"status": "ok"})
         raise Problem(503, "the log does not answer", "see the server's log lines", retry_after=1)
 
@@ -323,6 +324,13 @@ class _Rim:
             return
         try:
             await self._app(scope, receive, counted)
+        except ClientDisconnect:
+            pass  # there is nobody left to tell
+        except asyncio.CancelledError:  # the server's grace is over; this ends the task all the same
+            if not started:
+                again = "send all of it again: nothing of it has been acknowledged"
+                problem = Problem(503, "the server is going down", again, retry_after=5)
+                await problem_response(problem)(scope, receive, counted)
         except Exception as error:
             _log.error("a request failed", error=type(error).__name__)
             if not started:

@@ -39,9 +39,13 @@ class Intake:
         log: where to write; the caller closes it.
         topic: the log's topic.
         patience: seconds that a request waits at most.
+
+    Attributes:
+        stuck: whether requests wait at the moment for a log that does not take them.
     """
 
     def __init__(self, log: Log, *, topic: str = PROJECTIONS, patience: float) -> None:
+        self.stuck = False
         self._log = log
         self._topic = topic
         self._patience = patience
@@ -90,6 +94,7 @@ class Intake:
                     requests.append(self._waiting.popleft())
                     count += len(requests[-1].messages)
             self._write(requests)
+            self.stuck = False
 
     def _write(self, requests: list[_Request]) -> None:
         """Append until the log has them or nobody waits for them any more."""
@@ -98,6 +103,7 @@ class Intake:
             try:
                 self._log.append(self._topic, [message for request in requests for message in request.messages])
             except LogUnavailable as error:
+                self.stuck = True
                 _log.warning("the log is away; trying again", problem=error.problem, requests=len(requests))
                 time.sleep(pause)
                 pause = min(pause * 2, LONGEST_RETRY_SECONDS)
