@@ -24,7 +24,7 @@ import math
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, Protocol
 
@@ -68,7 +68,7 @@ class FleetReader:
     """Closes minutes of one topic.
 
     Args:
-        log: asked which partitions lag, about once a minute.
+        log: asked which partitions lag, whenever a minute may be over.
         store: where the sums are, and where closed minutes and findings go.
         topic: whose partitions' progress counts.
         sensitivity: how the detectors are set.
@@ -111,11 +111,12 @@ class FleetReader:
         """
         closed = self._store.closed()
         expected = closed.through if closed else None
-        through = self._over(self._store.progress(self._topic))
-        if through is None or (expected is not None and through <= expected):
+        last = -1 if expected is None else expected
+        watermarks = {one.partition: one.watermark for one in self._store.progress(self._topic)}
+        if self._over(max(watermarks.values(), default=-math.inf)) <= last:
             return []
-        through = self._over(self._with_laggards(self._store.progress(self._topic)))
-        if through is None or (expected is not None and through <= expected):
+        through = self._over(self._watermark(watermarks))
+        if through <= last:
             return []
         first = 0 if expected is None else min(expected + 1, _day_before(through))
         sums = self._store.minutes(first, through)
@@ -129,33 +130,27 @@ class FleetReader:
         self._tell(after, sums, found)
         return findings
 
-    def _over(self, progress: Sequence[Progress]) -> int | None:
-        """The last minute that is over; None where nobody knows."""
-        if not progress:
-            return None
-        lagging = [one.watermark for one in progress if one.behind]
-        mark = min(lagging) if lagging else max(one.watermark for one in progress)
-        mark = min(mark, self._clock()) - self._lateness
-        return int(mark // 60.0) - 1 if mark >= 60.0 else None
+    def _over(self, watermark: float) -> int:
+        """The last minute that is over, given how far the topic has come; -1 where none is."""
+        mark = min(watermark, self._clock()) - self._lateness
+        return int(mark // 60.0) - 1 if mark >= 60.0 else -1
 
-    def _with_laggards(self, progress: Sequence[Progress]) -> list[Progress]:
-        """The progress, with those partitions behind for which the log holds more, and without those given up."""
-        known = {one.partition: one.watermark for one in progress}
-        now, seen, result = self._timer(), {}, []
-        for partition in range(self._log.partitions(self._topic)):
+    def _watermark(self, watermarks: Mapping[int, float]) -> float:
+        """How far the topic has come: where its last lagging partition stands, or else the furthest one."""
+        now, standing, lagging = self._timer(), {}, {}
+        partitions = range(self._log.partitions(self._topic))
+        for partition in partitions:
             position = self._store.position(self._topic, partition)
             span = self._log.span(self._topic, partition)
             offset = position.offset if position else span.begin
-            behind = span.end > offset
-            if behind:
-                where, since = self._standing.get(partition, (offset, now))
-                seen[partition] = (where, since) if where == offset else (offset, now)
-            if behind or partition in known:
-                result.append(Progress(partition, known.get(partition, -math.inf), behind))
-        self._standing = seen
-        stuck = frozenset(partition for partition, (_, since) in seen.items() if now - since >= self._patience)
-        if len(stuck) == len(seen) == len(result):
-            return []  # nobody moves at all: whoever comes back first goes on
+            if offset < span.end:
+                lagging[partition] = watermarks.get(partition, -math.inf)
+                before = self._standing.get(partition)
+                standing[partition] = before if before and before[0] == offset else (offset, now)
+        self._standing = standing
+        stuck = frozenset(partition for partition, (_, since) in standing.items() if now - since >= self._patience)
+        if len(stuck) == len(partitions):
+            return -math.inf  # nobody moves at all: whoever comes back first goes on
         if stuck - self._given_up:
             _log.warning(
                 "the fleet's minutes are closed without partitions that lag and do not move",
@@ -165,7 +160,9 @@ class FleetReader:
                 cure="see why they are not read: `anchorwatch doctor`. What they hold will be counted as late",
             )
         self._given_up = stuck
-        return [one for one in result if one.partition not in stuck]
+        awaited = [mark for partition, mark in lagging.items() if partition not in stuck]
+        others = [mark for partition, mark in watermarks.items() if partition not in stuck]
+        return min(awaited) if awaited else max(others, default=-math.inf)
 
     def _restarts(self) -> list[int]:
         """The minutes in which calibrations were activated, in order, by the clocks of those who did it."""
@@ -274,7 +271,7 @@ def _by_hour(rows: Iterable[MinuteSums], through: int) -> list[MinuteSums]:
     hours: dict[tuple[int, str], list[int]] = {}
     for row in rows:
         minute = row.minute - row.minute % HOUR
-        if minute > through - WEEK - HOUR:
+        if minute + HOUR - 1 > through - WEEK:
             total = hours.setdefault((minute, row.deployment), [0, 0, 0])
             total[0] += row.responses
             total[1] += row.z
