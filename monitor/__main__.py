@@ -24,8 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from monitor import telemetry
 from monitor.errors import AnchorwatchError, ConfigurationError
+from monitor.operators import mount as mount_operators
 from monitor.service import replay as replay_command
 from monitor.service import worker as worker_command
+from monitor.serving import api as api_command
+from monitor.serving import keys_app
 from monitor.settings import load_settings
 
 __all__ = ["app", "main"]
@@ -43,6 +46,9 @@ axis_app = typer.Typer(
 app.add_typer(axis_app, name="axis")
 app.command("worker")(worker_command)
 app.command("replay")(replay_command)
+app.command("api")(api_command)
+app.add_typer(keys_app, name="keys")
+mount_operators(app)
 
 _stderr = Console(stderr=True)
 
@@ -95,16 +101,40 @@ def demo(
     data_dir: Annotated[
         Path | None, typer.Option(help="Keep log and store here. [default: a temporary folder]")
     ] = None,
+    kafka: Annotated[str | None, typer.Option(help="host:port of Kafka, as the log. [default: a file]")] = None,
+    redis: Annotated[str | None, typer.Option(help="URL of Redis, as the store. [default: a file]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Watch a real model hold scripted conversations, and flag those that drift, live."""
+    """Watch a real model hold scripted conversations, and flag those that drift, live.
+
+    On Kafka it writes to a topic of its own, anchorwatch.demo.
+    """
     from collectors.demo import run_demo
+    from monitor.connect import kafka_options
 
     result = run_demo(
-        model=model, bundle=bundle, conversations=conversations, tokens=tokens, seed=seed, data_dir=data_dir
+        model=model,
+        bundle=bundle,
+        conversations=conversations,
+        tokens=tokens,
+        seed=seed,
+        data_dir=data_dir,
+        log_url=None if kafka is None else f"kafka://{kafka.removeprefix('kafka://')}",
+        store_url=redis,
+        kafka=kafka_options(load_settings()),
     )
     if as_json:
         print(json.dumps(result))
+
+
+@app.command()
+def dispatch(
+    out: Annotated[Path | None, typer.Option(help="File to append to. [default: standard output]")] = None,
+) -> None:
+    """Tell people what the worker found, one JSON object a line, until SIGTERM or Ctrl-C."""
+    from alerts.dispatch import run
+
+    run(load_settings(), out)
 
 
 @app.command()

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 import sys
+import threading
+import uuid
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from monitor import telemetry
-from monitor.settings import load_settings
+from monitor.settings import Settings, load_settings
+from monitor.stream.log import PROJECTIONS, Log
+
+if TYPE_CHECKING:
+    from monitor.detect.baseline import DetectorConfig
+    from monitor.housekeeping import Duty
+    from monitor.store import Backend
 
 __all__ = ["replay", "worker"]
 
@@ -33,6 +43,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     from prometheus_client import start_http_server
 
     from monitor import connect
+    from monitor.housekeeping import Housekeeper
     from monitor.worker import Worker, stop_on_signals
 
     settings = load_settings()
@@ -43,15 +54,65 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     log = connect.log(settings)
     store = connect.store(settings)
     subscription = connect.subscription(settings, log)
-    _stderr.print(
-        f"Folding {connect.shown(settings.log_url)} into {connect.shown(settings.store_url)}", highlight=False
-    )
+    places = f"{connect.shown(settings.log_url)} into {connect.shown(settings.store_url)}"
+    _stderr.print(f"Folding {places}", highlight=False)
+    me = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    keeper = Housekeeper(store, me, _duties(settings, log, store))
+    keeping = threading.Thread(target=keeper.run, args=(stop,), name="anchorwatch-housekeeping")
+    keeping.start()
     try:
-        Worker(log, store, config, subscription=subscription, batch_size=settings.batch_size).run(stop)
+        Worker(
+            log,
+            store,
+            config,
+            subscription=subscription,
+            batch_size=settings.batch_size,
+            recorded=lambda partition, offset: _recorded(log, store, partition, offset),
+        ).run(stop)
     finally:
+        stop.set()
         subscription.close()
+        keeping.join()
         log.close()
         store.close()
+
+
+def _recorded(log: Log, store: Backend, partition: int, offset: int) -> DetectorConfig | None:
+    """The calibration that operators have put into force there, as the topic of actions has it now.
+
+    A wiped store does not know yet what operators did, so it is told first.
+    """
+    from monitor.actions import ActionsFold, calibration_at
+
+    while ActionsFold(log, store).run_once():
+        pass
+    topic_id = log.span(PROJECTIONS, partition).topic_id
+    return calibration_at(store.actions("calibration/"), PROJECTIONS, partition, offset, topic_id)
+
+
+def _duties(settings: Settings, log: Log, store: Backend) -> list[Duty]:
+    """What one worker does for all."""
+    from monitor.actions import ActionsFold
+    from monitor.detect.fleet import Sensitivity
+    from monitor.fleet import FleetReader
+    from monitor.housekeeping import Duty
+
+    def expire() -> None:
+        newest = max((one.watermark for one in store.progress(PROJECTIONS)), default=None)
+        if newest is not None:
+            store.expire(newest - settings.store_ttl_seconds)
+
+    duties = [Duty("actions", 1.0, ActionsFold(log, store).run_once), Duty("expiry", 600.0, expire)]
+    if settings.fleet_watch:
+        reader = FleetReader(
+            log,
+            store,
+            sensitivity=Sensitivity(tolerance=settings.fleet_tolerance),
+            lateness_seconds=settings.fleet_lateness_seconds,
+            patience_seconds=settings.fleet_patience_seconds,
+        )
+        duties.append(Duty("fleet", 5.0, reader.run_once))
+    return duties
 
 
 def replay(
