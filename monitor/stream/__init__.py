@@ -2,24 +2,91 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from monitor.database import sqlite_path
 from monitor.errors import ConfigurationError
-from monitor.stream.log import EmbeddedLog, Log
+from monitor.stream.log import EmbeddedLog, EmbeddedSubscription, Log, Subscription
+from monitor.stream.options import KafkaOptions
 
-__all__ = ["open_log"]
+if TYPE_CHECKING:
+    from monitor.stream.kafka import KafkaTopics
+
+__all__ = ["bootstrap_servers", "open_log", "open_subscription", "open_topics"]
+
+_EXAMPLES = "ANCHORWATCH_LOG_URL=sqlite:///absolute/path, or kafka://host1:9092,host2:9092"
 
 
-def open_log(url: str) -> Log:
-    """The log that `url` names: `sqlite:///absolute/path`.
+def open_log(url: str, kafka: KafkaOptions | None = None) -> Log:
+    """The log that `url` names: `sqlite:///absolute/path`, or `kafka://host1:9092,host2:9092`.
 
     Raises:
-        ConfigurationError: no such backend.
-        LogError: it can't be opened.
+        ConfigurationError: no such backend, or it is not installed.
+        LogError: it can't be opened. Kafka is reached when it is first used.
     """
     match urlsplit(url).scheme:
         case "sqlite":
             return EmbeddedLog(sqlite_path(url))
+        case "kafka":
+            servers = bootstrap_servers(url)
+            try:
+                from monitor.stream.kafka import KafkaLog
+            except ModuleNotFoundError as error:
+                raise _not_installed(error) from error
+            return KafkaLog(servers, kafka)
         case scheme:
-            raise ConfigurationError(f"no log is called {scheme!r}", cure="ANCHORWATCH_LOG_URL=sqlite:///absolute/path")
+            raise ConfigurationError(f"no log is called {scheme!r}", cure=_EXAMPLES)
+
+
+def open_subscription(url: str, log: Log, topic: str, group: str, kafka: KafkaOptions | None = None) -> Subscription:
+    """This worker's share of a topic of the log that `url` names, and that `log` is.
+
+    Raises:
+        ConfigurationError: as `open_log`.
+    """
+    if urlsplit(url).scheme != "kafka":
+        return EmbeddedSubscription(log, topic)
+    servers = bootstrap_servers(url)
+    try:
+        from monitor.stream.kafka import KafkaSubscription
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
+    return KafkaSubscription(servers, topic, group, kafka)
+
+
+def open_topics(url: str, kafka: KafkaOptions | None = None) -> KafkaTopics | None:
+    """What the cluster that `url` names says of its topics; None for the embedded log, which makes its own.
+
+    Raises:
+        ConfigurationError: as `open_log`.
+    """
+    if urlsplit(url).scheme != "kafka":
+        return None
+    servers = bootstrap_servers(url)
+    try:
+        from monitor.stream.kafka import KafkaTopics
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
+    return KafkaTopics(servers, kafka)
+
+
+def bootstrap_servers(url: str) -> str:
+    """`host1:9092,host2:9092` of `kafka://host1:9092,host2:9092`.
+
+    Raises:
+        ConfigurationError: a host or a port is missing, or there is more than that.
+    """
+    servers = url.removeprefix("kafka://").removesuffix("/")
+    for server in servers.split(","):
+        host, _, port = server.strip().rpartition(":")
+        if not url.startswith("kafka://") or not host or not port.isdecimal() or set("/@?#") & set(server):
+            raise ConfigurationError(
+                "the Kafka address is not a list of host:port",
+                cure="ANCHORWATCH_LOG_URL=kafka://host1:9092,host2:9092. Passwords have a setting of their own",
+            )
+    return servers
+
+
+def _not_installed(error: ModuleNotFoundError) -> ConfigurationError:
+    return ConfigurationError(f"Kafka needs {error.name}", cure="pip install 'anchorwatch[kafka]'")
