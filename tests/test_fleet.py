@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from river.drift import ADWIN, PageHinkley
+from servers import fresh
 from service import CONFIG, projection
 
 from benchmarks.fleet import RATES, Traffic, delays, false_shifts, minutes, noise, ours, river_defaults
@@ -33,6 +34,7 @@ from monitor.detect.fleet import Sensitivity, Watch, shifts
 from monitor.errors import CommitRefused
 from monitor.events import Finding, Projection, decode_finding, encode
 from monitor.fleet import SETTLING, FleetReader, FleetStore, ages, close, finding_id
+from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
 from monitor.store.store import ClosedMinutes, Commit, MinuteSums, Outbox, Position, Reader, Store
 from monitor.stream.log import PROJECTIONS, Message, Record, Span
@@ -461,12 +463,15 @@ def city(seed: int, partitions: int = 3, hours: int = 12, last: float = 0.0) -> 
     return lines
 
 
-@pytest.fixture(params=["sqlite"])
-def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Backend]]:
+@pytest.fixture(params=["sqlite", "redis"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path, shared_redis: str) -> Iterator[Callable[[], Backend]]:
     opened: list[Backend] = []
 
     def make() -> Backend:
-        opened.append(SqliteStore(tmp_path / f"store-{len(opened)}.db"))
+        if request.param == "sqlite":
+            opened.append(SqliteStore(tmp_path / f"store-{len(opened)}.db"))
+        else:
+            opened.append(RedisStore(shared_redis, prefix=fresh("fleet")))
         return opened[-1]
 
     yield make

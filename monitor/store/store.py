@@ -100,7 +100,7 @@ class Session(Struct, frozen=True, kw_only=True):
     severity: Severity | None = None
 
 
-class MinuteSums(Struct, frozen=True, order=True):
+class MinuteSums(Struct, frozen=True, order=True, array_like=True):
     """What one partition, or all of them, saw of one deployment in one minute of event time.
 
     Whole numbers, so that sums do not depend on the order in which they are taken.
