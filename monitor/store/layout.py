@@ -2,8 +2,8 @@
 
 It knows no server. Everything is little-endian and without padding::
 
-    head       how long head, session and state are together; number of the label (deployment, model, axis)
-    session    `Session` in fixed fields, then the open episode's id
+    label      number of the conversation's deployment, model and axis; the store gives it
+    head       how long all of this up to the points is; then `Session` in fixed fields, and the open episode's id
     state      the fold's own bytes, opaque here
     points     `TrajectoryPoint`, 37 bytes each, oldest first
 
@@ -16,25 +16,41 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Final, get_args
 
 from monitor.errors import StoreError
 from monitor.events import Kind, Outcome, Severity
 from monitor.store.store import Session, TrajectoryPoint
 
-__all__ = ["HEAD", "POINT", "READ_AHEAD", "SESSION", "pack_point", "pack_session", "unpack_points", "unpack_session"]
+__all__ = [
+    "HEAD",
+    "LABEL",
+    "POINT",
+    "READ_AHEAD",
+    "THERE",
+    "TOLD",
+    "label_of",
+    "pack_points",
+    "pack_session",
+    "pack_state",
+    "state_of",
+    "unpack_points",
+    "unpack_session",
+]
 
-HEAD: Final = struct.Struct("<II")
-# flags, words, time, started, turn, responses, projection, z, risk, lowest_z, highest_risk, length of the episode's id
-SESSION: Final = struct.Struct("<BBddIIfffffB")
+LABEL: Final = struct.Struct("<I")
+# length, flags, words, responses, turn, time, started, projection, z, risk, lowest_z, highest_risk, length of episode
+HEAD: Final = struct.Struct("<IBBIIddfffffB")
 # time, turn, projection, held, z, risk, place, outcome
 POINT: Final = struct.Struct("<dIffffffB")
-READ_AHEAD: Final = HEAD.size + SESSION.size + 255  # head and session, however long the episode's id is
+READ_AHEAD: Final = LABEL.size + HEAD.size + 255  # all of a session, however long the episode's id is
 
 THERE: Final = 1  # a session is there: not only duplicates have come
 TRUNCATED: Final = 2
 TOLD: Final = 4  # there are findings; the store sets it
 
+_FIXED: Final = LABEL.size + HEAD.size
 _NAN: Final = math.nan
 _LARGEST: Final = 3.4028234663852886e38
 _LARGEST_COUNT: Final = 2**32 - 1
@@ -59,8 +75,12 @@ assert set(_KINDS) == {None, *get_args(Kind)}
 assert set(_SEVERITIES) == {None, *get_args(Severity)}
 
 
-def pack_point(point: TrajectoryPoint) -> bytes:
-    """One point of a trajectory."""
+def pack_points(points: Sequence[TrajectoryPoint]) -> bytes:
+    """Points of a trajectory, in this order."""
+    return b"".join([_pack_point(point) for point in points])
+
+
+def _pack_point(point: TrajectoryPoint) -> bytes:
     z, risk, place = point.z, point.risk, point.place
     first, second = (_NAN, _NAN) if place is None else place
     fields = (
@@ -80,17 +100,18 @@ def pack_point(point: TrajectoryPoint) -> bytes:
         return POINT.pack(fields[0], _count(point.turn), *map(_single, fields[2:8]), fields[8])
 
 
-def pack_session(session: Session) -> bytes:
-    """A session without its conversation's id and label."""
+def pack_session(session: Session, state: bytes) -> bytes:
+    """A session without its conversation's id and label, and the state behind it."""
     z, risk, lowest, highest = session.z, session.risk, session.lowest_z, session.highest_risk
     episode = b"" if session.episode_id is None else session.episode_id.encode()[:255]
     fields = (
+        _FIXED + len(episode) + len(state),
         THERE | TRUNCATED if session.truncated else THERE,
         _OUTCOME[session.outcome] | _KIND[session.kind] | _SEVERITY[session.severity],
+        session.responses,
+        session.turn,
         session.time,
         session.started,
-        session.turn,
-        session.responses,
         session.projection,
         _NAN if z is None else z,
         _NAN if risk is None else risk,
@@ -99,10 +120,33 @@ def pack_session(session: Session) -> bytes:
         len(episode),
     )
     try:
-        return SESSION.pack(*fields) + episode
+        return HEAD.pack(*fields) + episode + state
     except (OverflowError, struct.error):
-        counts = map(_count, fields[4:6])
-        return SESSION.pack(*fields[:4], *counts, *map(_single, fields[6:11]), fields[11]) + episode
+        counts = map(_count, fields[3:5])
+        return HEAD.pack(*fields[:3], *counts, *fields[5:7], *map(_single, fields[7:12]), fields[12]) + episode + state
+
+
+def pack_state(state: bytes) -> bytes:
+    """A state alone: of a conversation that has no session, since only duplicates of it have come."""
+    return HEAD.pack(_FIXED + len(state), *[0] * 12) + state
+
+
+def label_of(value: bytes) -> int:
+    """The number of its label."""
+    try:
+        number: int = LABEL.unpack_from(value)[0]
+    except struct.error as error:
+        raise damaged() from error
+    return number
+
+
+def state_of(value: bytes) -> bytes:
+    """The state in a conversation's bytes; empty when there is none."""
+    try:
+        length, *_, episode = HEAD.unpack_from(value, LABEL.size)
+    except struct.error as error:
+        raise damaged() from error
+    return value[_FIXED + episode : length]
 
 
 def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, str]) -> Session | None:
@@ -110,10 +154,13 @@ def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, st
 
     `label` is (deployment, model, axis id).
     """
-    flags, words, time, started, turn, responses, projection, z, risk, lowest, highest, length = _session(value)
+    try:
+        head = HEAD.unpack_from(value, LABEL.size)
+    except struct.error as error:
+        raise damaged() from error
+    _, flags, words, responses, turn, time, started, projection, z, risk, lowest, highest, episode = head
     if not flags & THERE:
         return None
-    begin = HEAD.size + SESSION.size
     return Session(
         conversation_id=conversation_id,
         deployment=label[0],
@@ -130,7 +177,7 @@ def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, st
         lowest_z=_some(lowest),
         highest_risk=_some(highest),
         truncated=bool(flags & TRUNCATED),
-        episode_id=value[begin : begin + length].decode() if length else None,
+        episode_id=value[_FIXED : _FIXED + episode].decode() if episode else None,
         kind=_KINDS[words >> 3 & 7],
         severity=_SEVERITIES[words >> 6],
     )
@@ -138,11 +185,13 @@ def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, st
 
 def unpack_points(value: bytes) -> list[TrajectoryPoint]:
     """The points in all of a conversation's bytes."""
-    begin, _ = HEAD.unpack_from(value)
+    try:
+        begin, _, _, responses, *_ = HEAD.unpack_from(value, LABEL.size)
+    except struct.error as error:
+        raise damaged() from error
     count, rest = divmod(len(value) - begin, POINT.size)
     if rest or count < 0:
         raise damaged()
-    responses = _session(value)[5]
     return [
         TrajectoryPoint(
             number=responses - count + number,
@@ -168,13 +217,6 @@ def damaged() -> StoreError:
         cure="something else writes under Anchorwatch's prefix: find it. Then empty the store: it is rebuilt from the "
         "log, as far as the log reaches",
     )
-
-
-def _session(value: bytes) -> tuple[int, int, float, float, int, int, float, float, float, float, float, int]:
-    try:
-        return SESSION.unpack_from(value, HEAD.size)
-    except struct.error as error:
-        raise damaged() from error
 
 
 def _some(value: float) -> float | None:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from monitor.store.layout import HEAD, POINT, SESSION, THERE, TOLD
+from monitor.store.layout import HEAD, LABEL, POINT, THERE, TOLD
 
-__all__ = ["CLOSE", "COMMIT", "FOLD_ACTIONS", "FORGET", "LEASE", "LOAD", "PRUNE", "RELEASE", "SWEEP"]
+__all__ = ["CLOSE", "COMMIT", "FOLD_ACTIONS", "FORGET", "LEASE", "PRUNE", "RELEASE", "SWEEP"]
 
 # Keep a finding once: 1 when it is new. The outbox has its own copy, which nothing expires.
 _TELL = """
@@ -30,7 +30,7 @@ end
 
 # KEYS: position, a key that never exists, then the conversations'. ARGV: see `RedisStore.commit`.
 COMMIT: Final = (
-    f"local HEAD, SESSION, POINT, THERE, TOLD = {HEAD.size}, {SESSION.size}, {POINT.size}, {THERE}, {TOLD}"
+    f"local FIXED, POINT, THERE, TOLD = {LABEL.size + HEAD.size}, {POINT.size}, {THERE}, {TOLD}"
     + _TELL
     + """
 local call, sub, pack, unpack_bytes = redis.call, string.sub, struct.pack, struct.unpack
@@ -55,18 +55,6 @@ local other_count = stored[5] and stored[5] ~= '0' and partitions ~= '0' and sto
 if other_topic or other_count then return {2, stored[4], stored[5]} end
 
 call('HSETNX', KEYS[1], 'schema', schema)
-
-local labels, deployments = {}, {}
-for i = 1, tonumber(take()) do
-  local label, deployment = take(), take()
-  local number = call('HGET', tag .. 'labels', label)
-  if not number then
-    number = call('HLEN', tag .. 'labels') / 2
-    call('HSET', tag .. 'labels', label, number, number, label)
-  end
-  labels[i], deployments[i] = tonumber(number), deployment
-  call('SADD', tag .. 'rankings', deployment)
-end
 
 local told = {}
 for _ = 1, tonumber(take()) do
@@ -94,56 +82,64 @@ for _ = 1, tonumber(take()) do
   end
   call('HSET', tag .. 's:' .. hour, field, string.format('%.0f %.0f %.0f', responses, z, warned))
 end
--- A conversation's arguments: the number of its label in this batch, session, state, number of its first new point,
--- points. Without a session, only a duplicate came, and the others but the state are empty.
+-- The conversations, by label: how many, then for each its risk for the ranking, session and state, new points.
 local name_begins = #tag + 3
-local empty_session = string.rep('\\0', SESSION)
-for i = 3, #KEYS do
-  local key = KEYS[i]
-  local conversation = sub(key, name_begins)
-  local label, session, state, first, points = take(), take(), take(), take(), take()
-  local old = call('GET', key)
-  local number, old_flags, kept_points = 0, 0, ''
-  if old then
-    local head, old_number, flags = unpack_bytes('<I4I4B', old)
-    local responses = unpack_bytes('<I4', old, HEAD + 23)
-    local session_ends = HEAD + SESSION + string.byte(old, HEAD + SESSION)
-    old_flags = flags
-    if state == '' then state = sub(old, session_ends + 1, head) end
-    if session == '' then
-      session, number = sub(old, HEAD + 1, session_ends), old_number
-      kept_points = sub(old, head + 1)
-    else
-      number = labels[tonumber(label)]
+local k, a = 2, next_argument
+for _ = 1, tonumber(ARGV[a + 1]) do
+  local label, deployment, count = ARGV[a + 2], ARGV[a + 3], tonumber(ARGV[a + 4])
+  a = a + 3
+  local number = call('HGET', tag .. 'labels', label)
+  if not number then
+    number = tostring(call('HLEN', tag .. 'labels') / 2)
+    call('HSET', tag .. 'labels', label, number, number, label)
+  end
+  call('SADD', tag .. 'rankings', deployment)
+  number = tonumber(number)
+  local label_bytes, ranking = pack('<I4', number), tag .. 'r:' .. deployment
+  for j = k + 1, k + count do
+    local key = KEYS[j]
+    local conversation = sub(key, name_begins)
+    local risk, head, points = ARGV[a + 2], ARGV[a + 3], ARGV[a + 4]
+    a = a + 3
+    local old = call('GET', key)
+    local is_told = told[conversation]
+    if old then
+      local old_number, begin, flags, _, responses = unpack_bytes('<I4I4BBI4', old)
       -- Numbers follow from the count of responses. Points that come once more replace themselves and what follows;
       -- where some are missing in between, the old ones go.
-      local last = tonumber(first) - 1
+      local last = unpack_bytes('<I4', head, 7) - #points / POINT
       local ends = #old - (responses - last) * POINT
-      if last <= responses and ends > head then kept_points = sub(old, head + 1, ends) end
-      if flags % 2 == THERE and old_number ~= number then
-        local was = cjson.decode(call('HGET', tag .. 'labels', old_number))[1]
-        if was ~= deployments[tonumber(label)] then call('ZREM', tag .. 'r:' .. was, conversation) end
+      if last <= responses and ends > begin then
+        points = sub(old, begin + 1, ends) .. points
+        if #points > most then points = sub(points, -most) end
       end
+      if old_number ~= number and flags % 2 == THERE then
+        local was = cjson.decode(call('HGET', tag .. 'labels', old_number))[1]
+        if was ~= deployment then call('ZREM', tag .. 'r:' .. was, conversation) end
+      end
+      is_told = is_told or flags >= TOLD
     end
-  elseif session == '' then
-    session = empty_session
-  else
-    number = labels[tonumber(label)]
+    if is_told then
+      head = sub(head, 1, 4) .. string.char(string.byte(head, 5) + TOLD) .. sub(head, 6)
+      call('EXPIRE', tag .. 'f:' .. conversation, ttl)
+    end
+    call('SETEX', key, ttl, label_bytes .. head .. points)
+    call('ZADD', ranking, risk, conversation)
   end
-  local flags = string.byte(session, 1)
-  if told[conversation] or bit.band(old_flags, TOLD) ~= 0 then
-    flags = bit.bor(flags, TOLD)
-    session = string.char(flags) .. sub(session, 2)
-    call('EXPIRE', tag .. 'f:' .. conversation, ttl)
+  k = k + count
+end
+
+-- The others: only duplicates of them have come, so their state alone has changed.
+for j = k + 1, #KEYS do
+  local key, value = KEYS[j], pack('<I4', 0) .. ARGV[a + 2]
+  a = a + 1
+  local old = call('GET', key)
+  if old then
+    local begin, ends = unpack_bytes('<I4', old, 5), FIXED + string.byte(old, FIXED)
+    local state = sub(value, FIXED + 1)
+    value = sub(old, 1, 4) .. pack('<I4', ends + #state) .. sub(old, 9, ends) .. state .. sub(old, begin + 1)
   end
-  points = kept_points .. points
-  if #points > most then points = sub(points, -most) end
-  local value = pack('<I4I4', HEAD + #session + #state, number) .. session .. state .. points
-  call('SET', key, value, 'EX', ttl)
-  if label ~= '' then
-    local risk = unpack_bytes('<f', session, 35)
-    call('ZADD', tag .. 'r:' .. deployments[tonumber(label)], risk ~= risk and '+inf' or -risk, conversation)
-  end
+  call('SETEX', key, ttl, value)
 end
 
 if watermark ~= '' and not (stored[6] and tonumber(stored[6]) >= tonumber(watermark)) then
@@ -157,40 +153,14 @@ return {0}
 """
 )
 
-# KEYS: conversations. Their states; false for one that is not there.
-LOAD: Final = (
-    f"""
-local HEAD, SESSION, AHEAD = {HEAD.size}, {SESSION.size}, 1023
-"""
-    + """
-local states = {}
-for i, key in ipairs(KEYS) do
-  local value = redis.call('GETRANGE', key, 0, AHEAD)
-  if value == '' then
-    states[i] = false
-  else
-    local head = struct.unpack('<I4', value)
-    if head > #value then value = redis.call('GETRANGE', key, 0, head - 1) end
-    local begin = HEAD + SESSION + string.byte(value, HEAD + SESSION)
-    states[i] = begin < head and string.sub(value, begin + 1, head)
-  end
-end
-return states
-"""
-)
-
 # KEYS: position, a key that never exists, conversation. ARGV: tag, conversation. How many things were deleted.
-FORGET: Final = (
-    f"""
-local HEAD, AHEAD, THERE = {HEAD.size}, 255, {THERE}
-"""
-    + """
+FORGET: Final = """
 local tag, conversation = ARGV[1], ARGV[2]
 local gone = 0
-local value = redis.call('GETRANGE', KEYS[3], 0, AHEAD)
+local value = redis.call('GETRANGE', KEYS[3], 0, 15)
 if value ~= '' then
-  local _, label, flags = struct.unpack('<I4I4B', value)
-  if flags % 2 == THERE then
+  local label, _, flags = struct.unpack('<I4I4B', value)
+  if flags % 2 == 1 then
     local deployment = cjson.decode(redis.call('HGET', tag .. 'labels', label))[1]
     redis.call('ZREM', tag .. 'r:' .. deployment, conversation)
   end
@@ -203,7 +173,6 @@ gone = gone + redis.call('DEL', tag .. 'f:' .. conversation)
 if redis.call('HEXISTS', KEYS[1], 'offset') == 1 then redis.call('HINCRBY', KEYS[1], 'revision', 1) end
 return gone
 """
-)
 
 # KEYS: set of rankings, ranking, a key that never exists, conversations. ARGV: deployment, their names in the ranking.
 SWEEP: Final = """

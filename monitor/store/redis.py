@@ -47,8 +47,18 @@ from monitor.errors import AnchorwatchError, ConfigurationError, EventError, Sto
 from monitor.events import Finding, decode_finding, encode
 from monitor.placement import partition_of
 from monitor.store.gate import another_log, refused
-from monitor.store.layout import HEAD, READ_AHEAD, damaged, pack_point, pack_session, unpack_points, unpack_session
-from monitor.store.lua import CLOSE, COMMIT, FOLD_ACTIONS, FORGET, LEASE, LOAD, PRUNE, RELEASE, SWEEP
+from monitor.store.layout import (
+    READ_AHEAD,
+    damaged,
+    label_of,
+    pack_points,
+    pack_session,
+    pack_state,
+    state_of,
+    unpack_points,
+    unpack_session,
+)
+from monitor.store.lua import CLOSE, COMMIT, FOLD_ACTIONS, FORGET, LEASE, PRUNE, RELEASE, SWEEP
 from monitor.store.store import (
     ClosedMinutes,
     Commit,
@@ -103,8 +113,7 @@ class _Script:
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-_COMMIT, _LOAD, _FORGET, _SWEEP = _Script(COMMIT), _Script(LOAD), _Script(FORGET), _Script(SWEEP)
-_PRUNE = _Script(PRUNE)
+_COMMIT, _FORGET, _SWEEP, _PRUNE = _Script(COMMIT), _Script(FORGET), _Script(SWEEP), _Script(PRUNE)
 _LEASE, _RELEASE, _CLOSE, _FOLD_ACTIONS = _Script(LEASE), _Script(RELEASE), _Script(CLOSE), _Script(FOLD_ACTIONS)
 
 
@@ -204,8 +213,12 @@ class RedisStore:
         if not conversation_ids:
             return {}
         prefix = self._tag(topic, partition) + "c:"
-        states = self._run(_LOAD, [prefix + key for key in conversation_ids], [])
-        return {key: state for key, state in zip(conversation_ids, states, strict=True) if state is not None}
+        values = self._do("MGET", *[prefix + key for key in conversation_ids])
+        return {
+            key: state
+            for key, value in zip(conversation_ids, values, strict=True)
+            if value is not None and (state := state_of(value))
+        }
 
     def commit(self, batch: Commit) -> None:
         """See `Store.commit`. One script, one round trip."""
@@ -226,10 +239,6 @@ class RedisStore:
             self._trajectory_points,
             KEPT_FINDINGS,
         ]
-        keys, conversations, labels = _conversations(tag, batch)
-        arguments.append(len(labels))
-        for label in labels:
-            arguments += [_encode(label), label[0]]
         arguments.append(len(batch.findings))
         for finding in batch.findings:
             arguments += [finding.id, finding.conversation_id, _score(finding), encode(finding)]
@@ -239,6 +248,7 @@ class RedisStore:
         arguments.append(len(batch.sums))
         for s in batch.sums:
             arguments += [s.minute // 60, f"{s.minute} {s.deployment}", s.responses, s.z, s.warned]
+        keys, conversations = _conversations(tag, batch)
         verdict, *stored = self._run(_COMMIT, [tag + "position", tag + "never", *keys], arguments + conversations)
         if verdict == 1:
             found = Position(int(stored[0]), int(stored[1])) if stored and stored[0] is not None else None
@@ -579,7 +589,7 @@ class RedisStore:
         wanted: dict[tuple[str, int], None] = {}
         for (tag, _), value in zip(places, values, strict=True):
             if value:
-                wanted[tag, HEAD.unpack_from(value)[1]] = None
+                wanted[tag, label_of(value)] = None
         numbers: dict[str, list[int]] = {}
         for tag, number in wanted:
             numbers.setdefault(tag, []).append(number)
@@ -597,7 +607,7 @@ class RedisStore:
                     gone.setdefault((tag, one.ranking), []).append(one.name)
                 continue
             # A label that is missing was written between our two questions: a wiped Redis, folded anew.
-            label = labels.get((tag, HEAD.unpack_from(value)[1]))
+            label = labels.get((tag, label_of(value)))
             if label is not None and (session := unpack_session(name, value, label)):
                 yield session
         for (tag, ranking), names in gone.items():
@@ -798,32 +808,34 @@ def _same_schema(found: bytes | None) -> None:
         )
 
 
-def _conversations(tag: str, batch: Commit) -> tuple[list[str], list[Any], dict[tuple[str, str, str], int]]:
-    """Keys of the batch's conversations, five arguments for each, and the labels that these number from 1."""
-    labels: dict[tuple[str, str, str], int] = {}
+def _conversations(tag: str, batch: Commit) -> tuple[list[str], list[Any]]:
+    """Keys and arguments of the batch's conversations: by label those with a session, then those with a state only."""
     prefix = tag + "c:"
-    keys: list[str] = []
-    arguments: list[Any] = []
-    states = dict(batch.states)
+    states, points = dict(batch.states), batch.points
+    labelled: dict[tuple[str, str, str], tuple[list[str], list[Any]]] = {}
     for session in batch.sessions:
-        key = session.conversation_id
+        key, risk = session.conversation_id, session.risk
         label = (session.deployment, session.model, session.axis_id)
-        number = labels.get(label)
-        if number is None:
-            number = labels[label] = len(labels) + 1
-        points = batch.points.get(key, ())
-        keys.append(prefix + key)
-        arguments += (
-            number,
-            pack_session(session),
-            states.pop(key, b""),
-            points[0].number if points else session.responses + 1,
-            b"".join(map(pack_point, points)),
+        if label not in labelled:
+            labelled[label] = [], []
+        names, values = labelled[label]
+        names.append(prefix + key)
+        new = points.get(key)
+        values += (
+            "+inf" if risk is None else repr(-risk),
+            pack_session(session, states.pop(key, b"")),
+            pack_points(new) if new else b"",
         )
+    keys: list[str] = []
+    arguments: list[Any] = [len(labelled)]
+    for label, (names, values) in labelled.items():
+        keys += names
+        arguments += [_encode(label), label[0], len(names)]
+        arguments += values
     for key, state in states.items():
         keys.append(prefix + key)
-        arguments += (b"", b"", state, b"", b"")
-    return keys, arguments, labels
+        arguments.append(pack_state(state))
+    return keys, arguments
 
 
 def _score(finding: Finding) -> str:
