@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+import servers
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from service import CONFIG, message, projection
 
@@ -32,6 +33,8 @@ from monitor.actions import (
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import ConfigurationError, EventError, LogError
 from monitor.events import Finding
+from monitor.store import Backend
+from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
 from monitor.stream.log import ACTIONS, PROJECTIONS, EmbeddedLog, Message, Record, Span
 from monitor.worker import Worker
@@ -46,22 +49,33 @@ def log(tmp_path: Path) -> Iterator[EmbeddedLog]:
     opened.close()
 
 
+@pytest.fixture(params=["sqlite", "redis"])
+def empty_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Backend]]:
+    """Makes one after the other, each empty: the first to begin with, the next as after a wipe."""
+    made: list[Backend] = []
+
+    def make() -> Backend:
+        if request.param == "sqlite":
+            made.append(SqliteStore(tmp_path / f"store-{len(made)}.db"))
+        else:
+            made.append(RedisStore(request.getfixturevalue("shared_redis"), prefix=servers.fresh("actions")))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    opened = SqliteStore(tmp_path / "store.db")
-    yield opened
-    opened.close()
-
-
-def wiped(tmp_path: Path) -> SqliteStore:
-    return SqliteStore(tmp_path / "wiped.db")
+def store(empty_store: Callable[[], Backend]) -> Backend:
+    return empty_store()
 
 
 def talk(log: EmbeddedLog, conversation: str, turns: Sequence[int], value: float = 0.0) -> None:
     log.append(PROJECTIONS, [message(projection(conversation, turn, value)) for turn in turns])
 
 
-def work(log: EmbeddedLog, store: SqliteStore, batch_size: int = 100) -> None:
+def work(log: EmbeddedLog, store: Backend, batch_size: int = 100) -> None:
     worker = Worker(log, store, CONFIG, batch_size=batch_size)
     while worker.run_once():
         pass
@@ -144,7 +158,7 @@ def test_all_that_is_wrong_is_told_at_once(log: EmbeddedLog) -> None:
     ],
 )
 def test_what_is_no_action_stops_nothing_and_is_not_quoted(
-    log: EmbeddedLog, store: SqliteStore, key: str, value: bytes
+    log: EmbeddedLog, store: Backend, key: str, value: bytes
 ) -> None:
     with pytest.raises(EventError) as caught:
         decode_action(key, value)
@@ -158,7 +172,7 @@ def test_what_is_no_action_stops_nothing_and_is_not_quoted(
 # The fold
 
 
-def test_the_newest_value_of_a_key_holds_and_an_empty_one_withdraws(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_the_newest_value_of_a_key_holds_and_an_empty_one_withdraws(log: EmbeddedLog, store: Backend) -> None:
     fold = ActionsFold(log, store)
     append_action(log, "verdict", "c", Verdict("drifting"), by="ann")
     append_action(log, "verdict", "d", Verdict("drifting"), by="ann")
@@ -171,12 +185,13 @@ def test_the_newest_value_of_a_key_holds_and_an_empty_one_withdraws(log: Embedde
     assert store.actions("") == read_actions(log)
 
 
-def test_more_than_one_batch_is_folded_in_one_call(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_more_than_one_batch_is_folded_in_one_call(log: EmbeddedLog, store: Backend) -> None:
     append_actions(log, [("acknowledge", f"f{i}", Acknowledgement()) for i in range(1201)], by="ann")
     assert ActionsFold(log, store).run_once() == 1201
     assert len(store.actions("acknowledge/")) == 1201
 
 
+@settings(max_examples=40)
 @given(
     writes=st.lists(
         st.tuples(st.sampled_from("abc"), st.sampled_from(["drifting", "healthy", None])), min_size=1, max_size=12
@@ -208,7 +223,7 @@ def test_however_it_is_cut_and_compacted_the_store_holds_the_newest(
         store.close()
 
 
-def test_two_folds_at_once_do_no_harm(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_two_folds_at_once_do_no_harm(log: EmbeddedLog, store: Backend) -> None:
     first, second = ActionsFold(log, store), ActionsFold(log, store)
     append_action(log, "verdict", "c", Verdict("drifting"), by="ann")
 
@@ -226,7 +241,7 @@ def test_two_folds_at_once_do_no_harm(log: EmbeddedLog, store: SqliteStore) -> N
     assert second.run_once() == 0 and store.actions_offset(log.span(ACTIONS, 0).topic_id) == 1
 
 
-def test_a_topic_made_anew_is_folded_from_its_beginning(tmp_path: Path, log: EmbeddedLog, store: SqliteStore) -> None:
+def test_a_topic_made_anew_is_folded_from_its_beginning(tmp_path: Path, log: EmbeddedLog, store: Backend) -> None:
     append_actions(log, [("acknowledge", f"f{i}", Acknowledgement()) for i in range(5)], by="ann")
     ActionsFold(log, store).run_once()
     other = EmbeddedLog(tmp_path / "other.db")
@@ -236,7 +251,7 @@ def test_a_topic_made_anew_is_folded_from_its_beginning(tmp_path: Path, log: Emb
     other.close()
 
 
-def test_a_topic_that_lost_its_end_is_folded_again(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_a_topic_that_lost_its_end_is_folded_again(log: EmbeddedLog, store: Backend) -> None:
     append_action(log, "acknowledge", "f", Acknowledgement(), by="ann")
     topic_id = log.span(ACTIONS, 0).topic_id
     store.fold_actions(topic_id, 0, 7, {})  # as if six more had been acknowledged and lost by the broker
@@ -247,7 +262,7 @@ def test_a_topic_that_lost_its_end_is_folded_again(log: EmbeddedLog, store: Sqli
 # Forgetting
 
 
-def kept(store: SqliteStore, conversation: str) -> bool:
+def kept(store: Backend, conversation: str) -> bool:
     return bool(
         store.session(conversation)
         or store.trajectory(conversation)
@@ -257,7 +272,7 @@ def kept(store: SqliteStore, conversation: str) -> bool:
     )
 
 
-def test_what_was_folded_is_forgotten_and_what_comes_later_is_kept(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_what_was_folded_is_forgotten_and_what_comes_later_is_kept(log: EmbeddedLog, store: Backend) -> None:
     fold = ActionsFold(log, store)
     talk(log, "gone", range(3), -5.0)
     talk(log, "stays", range(3), -5.0)
@@ -273,7 +288,7 @@ def test_what_was_folded_is_forgotten_and_what_comes_later_is_kept(log: Embedded
     assert session and session.responses == 2 and session.truncated
 
 
-def test_what_was_logged_but_not_folded_is_forgotten_once_it_is(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_what_was_logged_but_not_folded_is_forgotten_once_it_is(log: EmbeddedLog, store: Backend) -> None:
     fold = ActionsFold(log, store)
     talk(log, "gone", range(3), -5.0)
     forget(log, "gone", by="ann")
@@ -292,7 +307,7 @@ def test_what_was_logged_but_not_folded_is_forgotten_once_it_is(log: EmbeddedLog
     assert not kept(store, "gone") and kept(store, "stays")
 
 
-def test_a_worker_that_has_it_at_hand_does_not_write_it_back(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_a_worker_that_has_it_at_hand_does_not_write_it_back(log: EmbeddedLog, store: Backend) -> None:
     worker = Worker(log, store, CONFIG)
     talk(log, "gone", range(3))
     worker.run_once()
@@ -307,14 +322,14 @@ def test_a_worker_that_has_it_at_hand_does_not_write_it_back(log: EmbeddedLog, s
 
 @pytest.mark.parametrize("folded_first", [True, False])
 def test_a_store_folded_anew_forgets_again(
-    tmp_path: Path, log: EmbeddedLog, store: SqliteStore, folded_first: bool
+    empty_store: Callable[[], Backend], log: EmbeddedLog, store: Backend, folded_first: bool
 ) -> None:
     talk(log, "gone", range(3), -5.0)
     work(log, store)
     forget(log, "gone", by="ann")
     ActionsFold(log, store).run_once()
     talk(log, "stays", range(3), -5.0)
-    anew = wiped(tmp_path)
+    anew = empty_store()
     fold = ActionsFold(log, anew)
     if folded_first:
         fold.run_once()
@@ -323,10 +338,9 @@ def test_a_store_folded_anew_forgets_again(
     assert kept(anew, "gone")
     fold.run_once()
     assert not kept(anew, "gone") and kept(anew, "stays") and not due(anew)
-    anew.close()
 
 
-def test_a_crash_between_deleting_and_noting_it_deletes_again(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_a_crash_between_deleting_and_noting_it_deletes_again(log: EmbeddedLog, store: Backend) -> None:
     talk(log, "gone", range(3))
     work(log, store)
     forget(log, "gone", by="ann")
@@ -351,7 +365,7 @@ def test_a_crash_between_deleting_and_noting_it_deletes_again(log: EmbeddedLog, 
     assert not due(store) and not kept(store, "gone")
 
 
-def test_who_asks_again_meanwhile_is_not_lost(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_who_asks_again_meanwhile_is_not_lost(log: EmbeddedLog, store: Backend) -> None:
     talk(log, "gone", range(2))
     work(log, store)
     forget(log, "gone", by="ann")
@@ -376,7 +390,7 @@ def test_who_asks_again_meanwhile_is_not_lost(log: EmbeddedLog, store: SqliteSto
     assert not due(store) and not kept(store, "gone")
 
 
-def test_actions_folded_again_do_not_forget_what_came_since(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_actions_folded_again_do_not_forget_what_came_since(log: EmbeddedLog, store: Backend) -> None:
     talk(log, "gone", range(2))
     work(log, store)
     forget(log, "gone", by="ann")
@@ -389,7 +403,7 @@ def test_actions_folded_again_do_not_forget_what_came_since(log: EmbeddedLog, st
     assert kept(store, "gone")
 
 
-def test_a_withdrawn_forgetting_is_no_longer_due(log: EmbeddedLog, store: SqliteStore) -> None:
+def test_a_withdrawn_forgetting_is_no_longer_due(log: EmbeddedLog, store: Backend) -> None:
     talk(log, "stays", range(3))
     forget(log, "stays", by="ann")
     ActionsFold(log, store).run_once()
@@ -401,7 +415,7 @@ def test_a_withdrawn_forgetting_is_no_longer_due(log: EmbeddedLog, store: Sqlite
 
 
 def test_a_conversation_of_a_log_that_is_gone_is_not_due_for_ever(
-    tmp_path: Path, log: EmbeddedLog, store: SqliteStore
+    tmp_path: Path, log: EmbeddedLog, store: Backend
 ) -> None:
     talk(log, "gone", range(3))
     body = forget(log, "gone", by="ann")
@@ -430,7 +444,7 @@ def test_the_calibration_in_force_at_an_offset_is_the_last_one_before_it(log: Em
 
 
 def test_a_wiped_store_with_a_log_cut_short_judges_by_the_calibration_that_was_in_force(
-    tmp_path: Path, log: EmbeddedLog, store: SqliteStore
+    empty_store: Callable[[], Backend], log: EmbeddedLog, store: Backend
 ) -> None:
     activate_calibration(log, OTHER, by="ann")
     talk(log, "c", range(4), -5.0)
@@ -438,13 +452,12 @@ def test_a_wiped_store_with_a_log_cut_short_judges_by_the_calibration_that_was_i
     judged = {finding.config_id for finding in store.findings(9)}
     assert judged == {OTHER.config_id}
     log.retain(PROJECTIONS, records=4)
-    anew = wiped(tmp_path)
+    anew = empty_store()
     worker = Worker(log, anew, CONFIG, recorded=recorded_calibrations(log))
     while worker.run_once():
         pass
     again: list[Finding] = anew.findings(9)
     assert again == store.findings(9)
-    anew.close()
 
 
 def test_calibrations_of_another_topic_of_the_same_name_are_passed_over(log: EmbeddedLog) -> None:

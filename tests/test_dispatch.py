@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import servers
 from service import CONFIG, message, projection
 from tiny import environment
 
@@ -25,6 +26,8 @@ from monitor.actions import Acknowledgement, Silence, append_action, forget, rea
 from monitor.database import sqlite_url
 from monitor.errors import ChannelError, ChannelUnavailable, ConfigurationError, LogUnavailable, StoreUnavailable
 from monitor.events import Finding, Projection, encode
+from monitor.store import Backend
+from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
 from monitor.stream.log import ACTIONS, PROJECTIONS, EmbeddedLog
 from monitor.worker import Worker
@@ -66,15 +69,21 @@ class Kept:
 class House:
     """Log, worker, store and dispatcher of one installation, in one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, redis: str | None) -> None:
         self.folder = folder
+        self.redis = redis
         self.clock = Clock()
         self.log = EmbeddedLog(folder / "log.db")
         self.channel = Kept()
-        self.open("store.db")
+        self.open()
 
-    def open(self, name: str) -> None:
-        self.store = SqliteStore(self.folder / name, clock=self.clock, busy_seconds=0.05)
+    def open(self) -> None:
+        self.store: Backend
+        if self.redis is None:
+            path = self.folder / f"store-{len(list(self.folder.iterdir()))}.db"
+            self.store = SqliteStore(path, clock=self.clock, busy_seconds=0.05)
+        else:
+            self.store = RedisStore(self.redis, prefix=servers.fresh("dispatch"))
         self.worker = Worker(self.log, self.store, CONFIG, batch_size=100)
         self.restart()
 
@@ -85,7 +94,7 @@ class House:
 
     def wipe(self) -> None:
         self.store.close()
-        self.open(f"store-{len(list(self.folder.iterdir()))}.db")
+        self.open()
 
     def say(self, conversation: str, values: Sequence[float], *, first: int = 0, age: float = 60.0, **changes: object):
         at = [
@@ -111,9 +120,9 @@ class House:
         self.store.close()
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path)
+@pytest.fixture(params=["sqlite", "redis"])
+def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path, request.getfixturevalue("shared_redis") if request.param == "redis" else None)
     yield made
     made.close()
 
@@ -333,11 +342,11 @@ def test_a_finding_that_is_refused_for_ever_holds_up_no_other(house: House, caps
 
 
 def test_only_who_has_the_lease_tells(house: House) -> None:
-    assert house.store.lease(LEASE, "another", 10.0)
+    assert house.store.lease(LEASE, "another", 600.0)
     house.say("c", LOW)
     house.work()
     assert house.dispatcher.run_once() == 0 and house.channel.lines == []
-    house.clock.now += 11
+    house.store.release(LEASE, "another")
     house.dispatcher.run_once()
     assert len(house.channel.lines) == 1
 
