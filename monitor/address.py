@@ -1,4 +1,4 @@
-"""Where a Redis is: what its URL says, before anybody connects. It knows no client, so settings can check a URL."""
+"""Where a Redis or a Kafka is: what a URL says, before anybody connects. No client, so that settings can check it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from monitor.errors import ConfigurationError
 
-__all__ = ["REDIS_SCHEMES", "RedisAddress", "redis_address"]
+__all__ = ["REDIS_SCHEMES", "RedisAddress", "kafka_servers", "redis_address"]
 
 _Kind = Literal["", "sentinel", "cluster"]
 _KINDS: dict[str, _Kind] = {
@@ -59,6 +59,24 @@ def redis_address(url: str) -> RedisAddress:
             "redis+cluster://host1:6379,host2:6379 (rediss for TLS); a password is best kept in a file "
             "(ANCHORWATCH_STORE_PASSWORD_FILE)",
         ) from None
+
+
+def kafka_servers(url: str) -> str:
+    """`host1:9092,host2:9092` of `kafka://host1:9092,host2:9092`.
+
+    Raises:
+        ConfigurationError: a host or a port is missing, or there is more than that. The URL is not repeated, for
+            somebody may have put a password into it.
+    """
+    servers = url.removeprefix("kafka://").removesuffix("/").replace(" ", "")
+    for server in servers.split(","):
+        host, _, port = server.rpartition(":")
+        if not url.startswith("kafka://") or not host or not port.isdecimal() or set("/@?#") & set(server):
+            raise ConfigurationError(
+                "this URL names no Kafka",
+                cure="write kafka://host1:9092,host2:9092; user and password have settings of their own",
+            )
+    return servers
 
 
 def _read(parts: SplitResult) -> RedisAddress:

@@ -16,15 +16,17 @@ from monitor.detect.configure import detector_config
 from monitor.errors import ConfigurationError
 from monitor.settings import Settings
 from monitor.store import Backend, open_store
-from monitor.stream import open_log
-from monitor.stream.log import PROJECTIONS, EmbeddedSubscription, Log, Subscription
+from monitor.stream import open_log, open_subscription, open_topics
+from monitor.stream.log import PROJECTIONS, Log, Subscription
+from monitor.stream.options import KafkaOptions
+from monitor.stream.topics import Topics, TopicSpec, topic_specs
 
-__all__ = ["calibration", "log", "shown", "store", "subscription"]
+__all__ = ["calibration", "kafka_options", "log", "shown", "store", "subscription", "topic_plan", "topics"]
 
 
 def log(settings: Settings) -> Log:
     """The log of ANCHORWATCH_LOG_URL."""
-    return open_log(settings.log_url)
+    return open_log(settings.log_url, kafka_options(settings))
 
 
 def store(settings: Settings) -> Backend:
@@ -39,9 +41,49 @@ def store(settings: Settings) -> Backend:
     )
 
 
-def subscription(settings: Settings, log: Log, topic: str = PROJECTIONS) -> Subscription:  # noqa: ARG001
+def subscription(settings: Settings, log: Log, topic: str = PROJECTIONS) -> Subscription:
     """This worker's share of a topic of that log."""
-    return EmbeddedSubscription(log, topic)
+    return open_subscription(settings.log_url, log, topic, settings.kafka_group, kafka_options(settings))
+
+
+def topics(settings: Settings) -> Topics | None:
+    """The topics of the cluster of ANCHORWATCH_LOG_URL; None for a file, which makes its own."""
+    return open_topics(settings.log_url, kafka_options(settings))
+
+
+def topic_plan(settings: Settings) -> list[TopicSpec]:
+    """How those topics should be made."""
+    return topic_specs(
+        partitions=settings.kafka_partitions,
+        replication=settings.kafka_replication,
+        retention_days=settings.kafka_retention_days,
+    )
+
+
+def kafka_options(settings: Settings) -> KafkaOptions:
+    """Everything about a Kafka cluster but its address.
+
+    Raises:
+        ConfigurationError: the password's file can't be read.
+    """
+    password = _secret(settings.kafka_password_file)
+    if password is None and settings.kafka_password is not None:
+        password = settings.kafka_password.get_secret_value()
+    return KafkaOptions(
+        security_protocol=settings.kafka_security_protocol,
+        mechanism=settings.kafka_sasl_mechanism,
+        username=settings.kafka_username,
+        password=password or "",
+        ca_file=settings.kafka_ca_file,
+        cert_file=settings.kafka_cert_file,
+        key_file=settings.kafka_key_file,
+        token_file=settings.kafka_token_file,
+        token_url=settings.kafka_token_url,
+        token_scope=settings.kafka_token_scope,
+        compression=settings.kafka_compression,
+        append_seconds=settings.kafka_append_seconds,
+        session_seconds=settings.kafka_session_seconds,
+    )
 
 
 def calibration(name: str, settings: Settings | None = None) -> DetectorConfig:

@@ -18,7 +18,7 @@ import platformdirs
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from monitor.address import REDIS_SCHEMES, redis_address
+from monitor.address import REDIS_SCHEMES, kafka_servers, redis_address
 from monitor.database import sqlite_path, sqlite_url
 from monitor.errors import ConfigurationError
 
@@ -29,15 +29,18 @@ KEY_FILE = "installation.key"
 KEY_BYTES = 32
 
 
-def _known_backend(url: str) -> str:
-    """Refuse a URL that no backend serves; empty is the default's place-holder."""
-    if url and urlsplit(url).scheme != "sqlite":
-        raise ValueError("must be sqlite:///absolute/path/to/file.db")
-    if url:
+def _known_log(url: str) -> str:
+    """Refuse a URL that no log serves; empty is the default's place-holder."""
+    if urlsplit(url).scheme == "kafka":
+        try:
+            kafka_servers(url)
+        except ConfigurationError as error:
+            raise ValueError(error.cure) from error
+    elif url:
         try:
             sqlite_path(url)
         except ConfigurationError as error:
-            raise ValueError(error.cure) from error
+            raise ValueError(f"must be a Kafka, such as kafka://host1:9092,host2:9092, or {error.cure}") from error
     return url
 
 
@@ -66,7 +69,11 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-Url = Annotated[str, AfterValidator(_known_backend)]
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+LogUrl = Annotated[str, AfterValidator(_known_log)]
 StoreUrl = Annotated[str, AfterValidator(_known_store)]
 
 
@@ -79,8 +86,82 @@ class Settings(BaseSettings):
         default_factory=lambda: platformdirs.user_data_path("anchorwatch"),
         description="Directory of the embedded log and store, and of the installation key.",
     )
-    log_url: Url = Field(
-        default="", description="Where records wait: sqlite:///absolute/path. By default log.db in the data directory."
+    log_url: LogUrl = Field(
+        default="",
+        description="Where records wait: sqlite:///absolute/path, or kafka://host1:9092,host2:9092. By default log.db "
+        "in the data directory.",
+    )
+    kafka_group: str = Field(
+        default="anchorwatch",
+        min_length=1,
+        max_length=249,
+        description="Consumer group of the workers of one store. Another store on the same topic needs another.",
+    )
+    kafka_security_protocol: Annotated[
+        Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"], BeforeValidator(_lower)
+    ] = Field(
+        default="plaintext",
+        description="What Kafka's listener speaks: plaintext, ssl, sasl_plaintext or sasl_ssl; ssl is Kafka's TLS.",
+    )
+    kafka_sasl_mechanism: Annotated[
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None, BeforeValidator(_upper)
+    ] = Field(
+        default=None,
+        description="How we prove who we are: SCRAM-SHA-512, SCRAM-SHA-256, OAUTHBEARER, or PLAIN, which needs TLS.",
+    )
+    kafka_username: str = Field(default="", description="Kafka user; for OAUTHBEARER the client's id.")
+    kafka_password: SecretStr | None = Field(
+        default=None, description="Password of the Kafka user; for OAUTHBEARER the client's secret."
+    )
+    kafka_password_file: Path | None = Field(default=None, description="File with that password, instead of it.")
+    kafka_token_file: Path | None = Field(
+        default=None, description="File that something else keeps filled with a valid token, for OAUTHBEARER."
+    )
+    kafka_token_url: str = Field(
+        default="", description="Address where a token is had for the client's id and secret, https, for OAUTHBEARER."
+    )
+    kafka_token_scope: str = Field(default="", description="Scope that such a token is asked for, if any.")
+    kafka_ca_file: Path | None = Field(
+        default=None,
+        description="PEM file of the authority that signed the brokers' certificates. By default the system's.",
+    )
+    kafka_cert_file: Path | None = Field(
+        default=None, description="PEM file of our own certificate, where the brokers want one."
+    )
+    kafka_key_file: Path | None = Field(default=None, description="PEM file of that certificate's private key.")
+    kafka_compression: Annotated[Literal["none", "gzip", "lz4", "zstd"], BeforeValidator(_lower)] = Field(
+        default="zstd", description="How records are compressed on their way: none, gzip, lz4 or zstd."
+    )
+    kafka_append_seconds: float = Field(
+        default=15.0,
+        ge=1,
+        le=300,
+        allow_inf_nan=False,
+        description="How long Kafka may take to acknowledge records before it counts as away, and they are sent again.",
+    )
+    kafka_session_seconds: float = Field(
+        default=10.0,
+        ge=6,
+        le=300,
+        allow_inf_nan=False,
+        description="How long a worker may give no sign of life before others take over its partitions.",
+    )
+    kafka_partitions: int = Field(
+        default=12,
+        ge=1,
+        le=10_000,
+        description="How many partitions the topic of projections is made with: the most workers it can ever have.",
+    )
+    kafka_replication: int = Field(
+        default=3, ge=1, le=9, description="How many copies of each record the topics are made with."
+    )
+    kafka_retention_days: float = Field(
+        default=7.0,
+        ge=1,
+        le=3650,
+        allow_inf_nan=False,
+        description="How long the topic of projections keeps records: the longest outage, and how far back a store can "
+        "be rebuilt. Dead letters are kept four times as long.",
     )
     store_url: StoreUrl = Field(
         default="",
@@ -224,6 +305,43 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
+    def _kafka(self) -> Settings:
+        """All at once: whoever sets up Kafka's security has several of these to get right."""
+        problems = []
+        sasl, tls = self.kafka_security_protocol.startswith("sasl"), self.kafka_security_protocol.endswith("ssl")
+        mechanism = self.kafka_sasl_mechanism
+        if sasl and mechanism is None:
+            problems.append("kafka_security_protocol with SASL needs kafka_sasl_mechanism")
+        if mechanism is not None and not sasl:
+            problems.append("kafka_sasl_mechanism needs kafka_security_protocol=sasl_ssl")
+        if mechanism == "PLAIN" and not tls:
+            problems.append(
+                "kafka_sasl_mechanism=PLAIN sends the password for everybody to read: set "
+                "kafka_security_protocol=sasl_ssl, or use SCRAM-SHA-512"
+            )
+        if mechanism == "OAUTHBEARER" and not tls:
+            problems.append("kafka_sasl_mechanism=OAUTHBEARER sends the token for everybody to read: use sasl_ssl")
+        if self.kafka_password is not None and self.kafka_password_file is not None:
+            problems.append("kafka_password and kafka_password_file are one too many")
+        password = self.kafka_password is not None or self.kafka_password_file is not None
+        if mechanism == "OAUTHBEARER":
+            if (self.kafka_token_file is None) == (not self.kafka_token_url):
+                problems.append("OAUTHBEARER needs kafka_token_file or kafka_token_url, and not both")
+            if self.kafka_token_url and not (self.kafka_username and password):
+                problems.append(
+                    "kafka_token_url needs kafka_username and kafka_password_file: the client's id and secret"
+                )
+        elif mechanism is not None and not (self.kafka_username and password):
+            problems.append(f"kafka_sasl_mechanism={mechanism} needs kafka_username and kafka_password_file")
+        if (self.kafka_cert_file is None) != (self.kafka_key_file is None):
+            problems.append("kafka_cert_file and kafka_key_file go together; give both, or neither")
+        if not tls and (self.kafka_ca_file or self.kafka_cert_file):
+            problems.append("kafka_ca_file and kafka_cert_file need TLS: kafka_security_protocol=ssl or sasl_ssl")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
     def _places(self) -> Settings:
         self.data_dir = self.data_dir.expanduser().absolute()
         self.log_url = self.log_url or sqlite_url(self.data_dir / "log.db")
@@ -271,7 +389,7 @@ def _told(location: tuple[int | str, ...], message: str, value: object) -> str:
     if not location:
         return text
     field = str(location[0])
-    got = "" if field == "installation_key" else f" (got {value!r})"
+    got = "" if field in ("installation_key", "kafka_password") else f" (got {value!r})"
     return f"{PREFIX}{field.upper()}: {text}{got}"
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from monitor.address import kafka_servers
 from monitor.database import sqlite_path
 from monitor.errors import ConfigurationError
 from monitor.stream.log import EmbeddedLog, EmbeddedSubscription, Log, Subscription
 from monitor.stream.options import KafkaOptions
+from monitor.stream.topics import Topics
 
-if TYPE_CHECKING:
-    from monitor.stream.kafka import KafkaTopics
-
-__all__ = ["bootstrap_servers", "open_log", "open_subscription", "open_topics"]
+__all__ = ["open_log", "open_subscription", "open_topics"]
 
 _EXAMPLES = "ANCHORWATCH_LOG_URL=sqlite:///absolute/path, or kafka://host1:9092,host2:9092"
 
@@ -29,7 +27,7 @@ def open_log(url: str, kafka: KafkaOptions | None = None) -> Log:
         case "sqlite":
             return EmbeddedLog(sqlite_path(url))
         case "kafka":
-            servers = bootstrap_servers(url)
+            servers = kafka_servers(url)
             try:
                 from monitor.stream.kafka import KafkaLog
             except ModuleNotFoundError as error:
@@ -47,7 +45,7 @@ def open_subscription(url: str, log: Log, topic: str, group: str, kafka: KafkaOp
     """
     if urlsplit(url).scheme != "kafka":
         return EmbeddedSubscription(log, topic)
-    servers = bootstrap_servers(url)
+    servers = kafka_servers(url)
     try:
         from monitor.stream.kafka import KafkaSubscription
     except ModuleNotFoundError as error:
@@ -55,7 +53,7 @@ def open_subscription(url: str, log: Log, topic: str, group: str, kafka: KafkaOp
     return KafkaSubscription(servers, topic, group, kafka)
 
 
-def open_topics(url: str, kafka: KafkaOptions | None = None) -> KafkaTopics | None:
+def open_topics(url: str, kafka: KafkaOptions | None = None) -> Topics | None:
     """What the cluster that `url` names says of its topics; None for the embedded log, which makes its own.
 
     Raises:
@@ -63,29 +61,12 @@ def open_topics(url: str, kafka: KafkaOptions | None = None) -> KafkaTopics | No
     """
     if urlsplit(url).scheme != "kafka":
         return None
-    servers = bootstrap_servers(url)
+    servers = kafka_servers(url)
     try:
         from monitor.stream.kafka import KafkaTopics
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     return KafkaTopics(servers, kafka)
-
-
-def bootstrap_servers(url: str) -> str:
-    """`host1:9092,host2:9092` of `kafka://host1:9092,host2:9092`.
-
-    Raises:
-        ConfigurationError: a host or a port is missing, or there is more than that.
-    """
-    servers = url.removeprefix("kafka://").removesuffix("/")
-    for server in servers.split(","):
-        host, _, port = server.strip().rpartition(":")
-        if not url.startswith("kafka://") or not host or not port.isdecimal() or set("/@?#") & set(server):
-            raise ConfigurationError(
-                "the Kafka address is not a list of host:port",
-                cure="ANCHORWATCH_LOG_URL=kafka://host1:9092,host2:9092. Passwords have a setting of their own",
-            )
-    return servers
 
 
 def _not_installed(error: ModuleNotFoundError) -> ConfigurationError:

@@ -1,4 +1,4 @@
-"""The three topics: how each should be made, and what to say where one is made otherwise. Pure.
+"""The three topics: how each should be made, made so, and what to say where one is made otherwise.
 
 It knows Kafka's words for topics, but no client library. Times are in Kafka's milliseconds.
 """
@@ -6,14 +6,14 @@ It knows Kafka's words for topics, but no client library. Times are in Kafka's m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 from msgspec import Struct
 
 from monitor.stream.log import ACTIONS, DEAD_LETTERS, PROJECTIONS
 
-__all__ = ["Advice", "TopicSpec", "TopicState", "advice", "topic_specs"]
+__all__ = ["Advice", "TopicSpec", "TopicState", "Topics", "advice", "check", "create", "topic_specs"]
 
 Severity = Literal["error", "warning", "note"]
 DAY_MS = 86_400_000
@@ -64,6 +64,35 @@ class Advice(Struct, frozen=True):
         return f"{self.severity}: {self.topic}: {self.problem}" + (f"\n  cure: {self.cure}" if self.cure else "")
 
 
+class Topics(Protocol):
+    """A cluster's topics. Every method raises `LogUnavailable` where trying again may help, else `LogError`."""
+
+    def brokers(self) -> int:
+        """How many there are now."""
+
+    def states(self, topics: Sequence[str]) -> dict[str, TopicState]:
+        """Those of the topics that exist."""
+
+    def create(self, specs: Sequence[TopicSpec]) -> None:
+        """Make them all; `LogError` where one exists, or the cluster refuses."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+def create(topics: Topics, specs: Sequence[TopicSpec]) -> list[str]:
+    """Make those that are missing, and name them. The others stay as they are: `check` says what is wrong with them."""
+    there = topics.states([spec.name for spec in specs])
+    missing = [spec for spec in specs if spec.name not in there]
+    topics.create(missing)
+    return [spec.name for spec in missing]
+
+
+def check(topics: Topics, specs: Sequence[TopicSpec]) -> list[Advice]:
+    """What an operator should know of the topics as they are now."""
+    return advice(specs, topics.states([spec.name for spec in specs]))
+
+
 def topic_specs(*, partitions: int, replication: int, retention_days: float) -> list[TopicSpec]:
     """What `anchorwatch topics create` makes.
 
@@ -92,7 +121,7 @@ def topic_specs(*, partitions: int, replication: int, retention_days: float) -> 
 
 
 def advice(specs: Sequence[TopicSpec], found: Mapping[str, TopicState]) -> list[Advice]:
-    """What an operator should know of the topics as they are, by topic. Nothing where all is well."""
+    """The same, of topics that were asked for before. Pure; nothing where all is well."""
     told: list[Advice] = []
     for spec in specs:
         state = found.get(spec.name)
