@@ -80,11 +80,14 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if show_version:
         print(version("anchorwatch"))
         raise typer.Exit
+    if context.invoked_subcommand == "doctor":
+        return  # it tells what is wrong with the settings, beside all else
     settings = load_settings()
     telemetry.configure_logging(settings.log_level, settings.log_format)
 

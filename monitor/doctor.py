@@ -27,7 +27,8 @@ from monitor.detect.baseline import DetectorConfig
 from monitor.errors import AnchorwatchError
 from monitor.settings import KEY_FILE, Settings
 from monitor.store import Backend
-from monitor.stream.log import ACTIONS, PROJECTIONS, Log, Span
+from monitor.stream.log import ACTIONS, DEAD_LETTERS, PROJECTIONS, Log, Span
+from monitor.stream.topics import check
 
 __all__ = ["Check", "Status", "examine"]
 
@@ -99,6 +100,8 @@ def examine(
     log, store = None, None
     try:
         log = yield from _opened("log", lambda: _log(settings))
+        if log is not None:
+            yield from _guarded("topics", lambda: _topics(settings))
         store = yield from _opened("store", lambda: _store(settings))
         if store is not None:
             the_store = store
@@ -266,6 +269,21 @@ def _store(settings: Settings) -> tuple[Backend, Check]:
     if advice:
         return store, Check("store", "advice", says, "; ".join(advice))
     return store, Check("store", "ok", says)
+
+
+def _topics(settings: Settings) -> Iterator[Check]:
+    topics = connect.topics(settings)
+    if topics is None:
+        return  # a file makes its own
+    try:
+        told = check(topics, connect.topic_plan(settings))
+    finally:
+        topics.close()
+    statuses: dict[str, Status] = {"error": "broken", "warning": "advice", "note": "ok"}
+    for one in told:
+        yield Check("topics", statuses[one.severity], f"{one.topic}: {one.problem}", one.cure)
+    if not told:
+        yield Check("topics", "ok", f"{PROJECTIONS}, {DEAD_LETTERS} and {ACTIONS} are as they should be")
 
 
 # What goes on.

@@ -20,7 +20,6 @@ from monitor.settings import Settings, load_settings
 from monitor.stream.log import PROJECTIONS, Log
 
 if TYPE_CHECKING:
-    from monitor.detect.baseline import DetectorConfig
     from monitor.housekeeping import Duty
     from monitor.store import Backend
 
@@ -43,6 +42,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     from prometheus_client import start_http_server
 
     from monitor import connect
+    from monitor.actions import recorded_calibrations
     from monitor.housekeeping import Housekeeper
     from monitor.worker import Worker, stop_on_signals
 
@@ -67,7 +67,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
             config,
             subscription=subscription,
             batch_size=settings.batch_size,
-            recorded=lambda partition, offset: _recorded(log, store, partition, offset),
+            recorded=recorded_calibrations(log),
         ).run(stop)
     finally:
         stop.set()
@@ -75,19 +75,6 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
         keeping.join()
         log.close()
         store.close()
-
-
-def _recorded(log: Log, store: Backend, partition: int, offset: int) -> DetectorConfig | None:
-    """The calibration that operators have put into force there, as the topic of actions has it now.
-
-    A wiped store does not know yet what operators did, so it is told first.
-    """
-    from monitor.actions import ActionsFold, calibration_at
-
-    while ActionsFold(log, store).run_once():
-        pass
-    topic_id = log.span(PROJECTIONS, partition).topic_id
-    return calibration_at(store.actions("calibration/"), PROJECTIONS, partition, offset, topic_id)
 
 
 def _duties(settings: Settings, log: Log, store: Backend) -> list[Duty]:
@@ -130,6 +117,7 @@ def replay(
     Two replays of one log print the same bytes. The calibration given here judges only where the log says none.
     """
     from monitor import connect
+    from monitor.actions import recorded_calibrations
     from monitor.events import encode
     from monitor.replay import replay as replayed
 
@@ -139,7 +127,7 @@ def replay(
     digest, found, outcomes, dead = hashlib.sha256(), {}, Counter[str](), Counter[str]()
     out = sys.stdout.buffer
     try:
-        for part in replayed(log, config):
+        for part in replayed(log, config, recorded=recorded_calibrations(log)):
             outcomes.update(part.outcomes)
             dead.update(part.dead)
             for finding in part.findings:
