@@ -223,7 +223,7 @@ class Cluster:
         return self.add(name, "-m", "faults.collector", msgspec.json.encode(given).decode(), **(more or {}))
 
     def dispatcher(self) -> Process:
-        return self.add("dispatcher", "-m", "monitor", "dispatch", "--file", str(self.directory / "delivered.jsonl"))
+        return self.add("dispatcher", "-m", "monitor", "dispatch", "--out", str(self.directory / "delivered.jsonl"))
 
     def run(self, *arguments: str) -> str:
         """Run `anchorwatch ...` to its end; what it printed, both streams. AssertionError when it fails."""

@@ -478,8 +478,10 @@ def compare_produced(
             if not forgetful:
                 faults.append(Fault("lost", f"the log does not hold an acknowledged record of {claim[0]}"))
         latest: dict[tuple[str, int], int] = {}
-        for claim in dict.fromkeys(collector.offered):
-            if claim not in first:
+        times = Counter(collector.offered)
+        for claim in times:
+            # What was offered twice, and forgotten once, rightly stands where it came for the second time.
+            if claim not in first or (forgetful and times[claim] > 1):
                 continue
             partition, offset = first[claim]
             place = claim[0], partition

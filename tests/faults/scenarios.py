@@ -188,9 +188,10 @@ def broker_away(directory: Path, seed: int, *, seconds: float = 10.0, when_full:
     with installation(directory, CONFIG, broker="noida", **QUICK) as cluster:
         assert cluster.broker is not None
         worker = cluster.worker().start()
-        spool = {"SPOOL_DIR": str(directory / "spool")} if when_full == "spool" else {}
+        # With a spool, the queue holds what comes while one append waits for its answer.
+        queue = {"QUEUE_SIZE": "500"} if when_full != "spool" else {"SPOOL_DIR": str(directory / "spool")}
         collector = cluster.collector(
-            "bow", {"WHEN_FULL": when_full, "QUEUE_SIZE": "500", **spool}, seed=seed, conversations=50, turns=100_000
+            "bow", {"WHEN_FULL": when_full, **queue}, seed=seed, conversations=50, turns=100_000
         ).start()
         cluster.until_folded(300)
         time.sleep(2.0)
@@ -413,7 +414,7 @@ def swapping(directory: Path, seed: int, *, seconds: float = 20.0, broker: str =
     return Outcome(f"swapping/{broker}", swaps, report)
 
 
-def grown_topic(directory: Path, seed: int, *, broker: str = "tansu") -> Outcome:
+def grown_topic(directory: Path, seed: int, *, broker: str = "noida") -> Outcome:
     """Somebody adds partitions to the topic: the worker stops loudly with the cure, and has split no conversation."""
     from kafka.admin import KafkaAdminClient
 

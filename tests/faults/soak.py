@@ -41,7 +41,7 @@ LONG: dict[str, Scenario] = {
     "long-noida": lambda d, s: scenarios.long_and_flooded(d, s, broker="noida"),
     "calibrations-tansu": lambda d, s: scenarios.calibrations(d, s, changes=6),
     "swapping-tansu": lambda d, s: scenarios.swapping(d, s, seconds=60.0),
-    "grown-topic-tansu": scenarios.grown_topic,
+    "grown-topic-noida": scenarios.grown_topic,
     "topic-made-anew-tansu": scenarios.topic_made_anew,
 }
 
