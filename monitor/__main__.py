@@ -30,6 +30,7 @@ from monitor.service import worker as worker_command
 from monitor.serving import api as api_command
 from monitor.serving import keys_app
 from monitor.settings import load_settings
+from monitor.topics import topics_app
 
 __all__ = ["app", "main"]
 
@@ -48,6 +49,7 @@ app.command("worker")(worker_command)
 app.command("replay")(replay_command)
 app.command("api")(api_command)
 app.add_typer(keys_app, name="keys")
+app.add_typer(topics_app, name="topics")
 mount_operators(app)
 
 _stderr = Console(stderr=True)
@@ -87,6 +89,7 @@ def _options(
         print(version("anchorwatch"))
         raise typer.Exit
     if context.invoked_subcommand == "doctor":
+        telemetry.configure_logging("error")
         return  # it tells what is wrong with the settings, beside all else
     settings = load_settings()
     telemetry.configure_logging(settings.log_level, settings.log_format)

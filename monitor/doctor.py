@@ -22,6 +22,7 @@ from msgspec import Struct
 from monitor import connect
 from monitor.actions import due
 from monitor.batch import DEAD_LETTER, POISON_SHARE, POISON_WINDOW
+from monitor.database import sqlite_path
 from monitor.deadletters import newest_letters
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import AnchorwatchError
@@ -241,7 +242,9 @@ def _bundle(settings: Settings, bundle: str) -> Iterator[Check]:
         yield Check("bundle", "ok", says)
 
 
-def _log(settings: Settings) -> tuple[Log, Check]:
+def _log(settings: Settings) -> tuple[Log | None, Check]:
+    if _unborn(settings.log_url):
+        return None, Check("log", "advice", f"{settings.log_url} is not there yet", "start a collector or a worker")
     log = connect.log(settings)
     try:
         begun = time.monotonic()
@@ -255,7 +258,9 @@ def _log(settings: Settings) -> tuple[Log, Check]:
     return log, Check("log", "ok", f"{place}: {partitions} partitions, {held:,} records; answers in {seconds:.3f} s")
 
 
-def _store(settings: Settings) -> tuple[Backend, Check]:
+def _store(settings: Settings) -> tuple[Backend | None, Check]:
+    if _unborn(settings.store_url):
+        return None, Check("store", "advice", f"{settings.store_url} is not there yet", "start a worker")
     store = connect.store(settings)
     try:
         begun = time.monotonic()
@@ -269,6 +274,11 @@ def _store(settings: Settings) -> tuple[Backend, Check]:
     if advice:
         return store, Check("store", "advice", says, "; ".join(advice))
     return store, Check("store", "ok", says)
+
+
+def _unborn(url: str) -> bool:
+    """Whether it names a file that opening would make."""
+    return urlsplit(url).scheme == "sqlite" and not sqlite_path(url).exists()
 
 
 def _topics(settings: Settings) -> Iterator[Check]:
@@ -486,7 +496,7 @@ def _guarded(name: str, work: Callable[[], Iterable[Check]]) -> Iterator[Check]:
         yield _failed(name, error)
 
 
-def _opened(name: str, work: Callable[[], tuple[T, Check]]) -> Generator[Check, None, T | None]:
+def _opened(name: str, work: Callable[[], tuple[T | None, Check]]) -> Generator[Check, None, T | None]:
     try:
         opened, check = work()
     except Exception as error:

@@ -93,9 +93,9 @@ def doctor(
         checks.append(check)
         if not as_json:
             _stdout.print(f"[{colours[check.status]}]{check.status:6}[/]", end="  ")
-            _stdout.print(f"{check.name}: {plain(check.says)}", markup=False, soft_wrap=True)
+            _stdout.print(_lines(f"{check.name}: {check.says}"), markup=False, soft_wrap=True)
             if check.cure:
-                _stdout.print(f"        cure: {plain(check.cure)}", markup=False, soft_wrap=True)
+                _stdout.print(_lines(f"        cure: {check.cure}"), markup=False, soft_wrap=True)
 
     try:
         settings = load_settings()
@@ -329,6 +329,10 @@ def calibration_show(as_json: AsJson = False) -> None:
 
 
 # What the commands share.
+
+
+def _lines(text: str) -> str:
+    return "\n        ".join(plain(line) for line in text.split("\n"))
 
 
 @contextmanager

@@ -455,9 +455,19 @@ def test_each_fault_is_found_and_has_a_cure(
 
 def test_a_store_that_is_away_hides_nothing_else(here: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     key_for_all(here)
-    monkeypatch.setenv("ANCHORWATCH_STORE_URL", "sqlite:///dev/null/store.db")
+    path = here.folder / "garbage.db"
+    path.write_bytes(b"no database" * 100)
+    monkeypatch.setenv("ANCHORWATCH_STORE_URL", sqlite_url(path))
     found = checks(here, code=1)
     assert status(found, "store") == status(found, "secrets") == "broken" and status(found, "log") == "ok"
+
+
+def test_where_nothing_was_ever_started_nothing_is_made(
+    here: Installation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ANCHORWATCH_DATA_DIR", str(tmp_path / "new"))
+    found = checks(here, code=0)
+    assert status(found, "log") == status(found, "store") == "advice" and not (tmp_path / "new").exists()
 
 
 def test_a_bundle_that_is_not_there_is_told(here: Installation) -> None:

@@ -5,6 +5,9 @@ Compaction was seen on noida only: Tansu has none. An outside broker is left alo
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import msgspec
 import pytest
 import servers
 from service import CONFIG, message, projection
+from tiny import environment
 
 from monitor.actions import (
     ActionsFold,
@@ -203,3 +207,65 @@ def test_dead_letters_are_found_by_their_key_and_sent_to_their_own_partition(
     assert ("c4", b"\xffbytes") in [
         (record.key, record.value) for record in log.read(PROJECTIONS, partition, span.begin, 99)
     ]
+
+
+# The doctor, as a process of its own
+
+
+def doctor(**settings: str) -> dict[str, list[dict[str, str]]]:
+    """Check name → what was said of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "monitor", "doctor", "--patience", "0.2", "--json"],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told = json.loads(done.stdout)
+    assert done.returncode == (1 if told["status"] == "broken" else 0) and "Traceback" not in done.stderr
+    found: dict[str, list[dict[str, str]]] = {}
+    for one in told["checks"]:
+        found.setdefault(one["name"], []).append(one)
+    return found
+
+
+def statuses(found: dict[str, list[dict[str, str]]], name: str) -> set[str]:
+    return {one["status"] for one in found[name]}
+
+
+def test_the_doctor_sees_a_broker_without_topics_and_one_with_them(
+    own_kafka: servers.Server, own_redis: servers.Server, tmp_path: Path
+) -> None:
+    settings = {
+        "ANCHORWATCH_DATA_DIR": str(tmp_path),
+        "ANCHORWATCH_LOG_URL": f"kafka://{own_kafka.address}",
+        "ANCHORWATCH_STORE_URL": servers.redis_url(own_redis),
+        "ANCHORWATCH_KAFKA_PARTITIONS": "3",
+        "ANCHORWATCH_KAFKA_REPLICATION": "1",
+    }
+    before = doctor(**settings)
+    assert any("topics create" in one["cure"] for checks in before.values() for one in checks), before
+    made = subprocess.run(
+        [sys.executable, "-m", "monitor", "topics", "create"],
+        env=environment(**settings),
+        capture_output=True,
+        timeout=60,
+    )
+    assert made.returncode == 0, made.stderr
+    after = doctor(**settings)
+    assert statuses(after, "packages") == statuses(after, "log") == {"ok"}
+    assert "crc32c" in after["packages"][0]["says"] and "3 partitions" in after["log"][0]["says"]
+    assert "broken" not in statuses(after, "topics") | statuses(after, "store")
+    assert statuses(after, "clock") == statuses(after, "partitions") == {"ok"}
+
+
+def test_the_doctor_tells_servers_that_are_away_within_seconds(tmp_path: Path) -> None:
+    found = doctor(
+        ANCHORWATCH_DATA_DIR=str(tmp_path),
+        ANCHORWATCH_LOG_URL=f"kafka://127.0.0.1:{servers.free_port()}",
+        ANCHORWATCH_STORE_URL=f"redis://127.0.0.1:{servers.free_port()}/0",
+    )
+    for name in ("log", "store"):
+        (one,) = found[name]
+        assert one["status"] == "broken" and one["cure"]
+    assert statuses(found, "bundle") == {"ok"}
