@@ -39,7 +39,7 @@ from monitor.events import Finding
 from monitor.store.store import Actions, ClosedMinutes, Fleet, MinuteSums, Position, Progress
 from monitor.stream.log import PROJECTIONS, Log
 
-__all__ = ["Age", "FleetReader", "FleetStore", "ages", "finding_id"]
+__all__ = ["Age", "FleetReader", "FleetStore", "ages", "close", "finding_id", "moment"]
 
 LATENESS_SECONDS = 120.0
 PATIENCE_SECONDS = 600.0
@@ -118,16 +118,17 @@ class FleetReader:
         through = self._over(self._watermark(watermarks))
         if through <= last:
             return []
-        first = 0 if expected is None else min(expected + 1, _day_before(through))
-        sums = self._store.minutes(first, through)
-        after, found = close(closed, sums, through, self._sensitivity, self._restarts())
+        # Late responses are counted once an hour: a day's minutes of fifty deployments are a million numbers.
+        counting = expected is None or through // HOUR > expected // HOUR
+        sums = self._store.minutes(min(last + 1, _day_before(through)) if counting else last + 1, through)
+        after, found = close(closed, sums, through, self._sensitivity, self._restarts(), counting=counting)
         axis_id = self._axis_id() if found else ""
         findings = [_finding(deployment, shift, self._sensitivity, axis_id) for deployment, shift in found]
         try:
             self._store.close_minutes(expected, after, findings)
         except CommitRefused:
             return []  # another reader was faster; its minutes are as good, so go on from them next time
-        self._tell(after, sums, found)
+        self._tell(after, found)
         return findings
 
     def _over(self, watermark: float) -> int:
@@ -181,30 +182,23 @@ class FleetReader:
                 return DetectorConfig.from_json(config).axis_id
         return "unknown"
 
-    def _tell(self, closed: ClosedMinutes, sums: Sequence[MinuteSums], found: Sequence[tuple[str, Shift]]) -> None:
+    def _tell(self, closed: ClosedMinutes, found: Sequence[tuple[str, Shift]]) -> None:
         """Log lines and gauges."""
         for deployment, shift in found:
             telemetry.FINDINGS.labels("fleet_shift", _severity(shift)).inc()
             _log.warning(
                 "the mean of a deployment has moved",
                 deployment=deployment,
-                since=_rfc3339(shift.since),
-                found=_rfc3339(shift.minute + 1),
+                since=moment(shift.since),
+                found=moment(shift.minute + 1),
                 detector=shift.statistic,
                 z_before=round(shift.before, 3),
                 z_after=round(shift.after, 3),
             )
         telemetry.FLEET_CLOSED.set((closed.through + 1) * 60)
-        recent = [row for row in sums if row.minute > closed.through - HOUR]
-        spans = {
-            "hour": _ages(recent),
-            "day": ages(closed, DAY),
-            "week": ages(closed, WEEK),
-        }
-        shown = {
-            one.deployment
-            for one in sorted(spans["week"], key=lambda one: (-one.responses, one.deployment))[:MOST_LABELS]
-        }
+        spans = {"hour": ages(closed, 2 * HOUR), "day": ages(closed, DAY), "week": ages(closed, WEEK)}
+        busiest = sorted(spans["week"], key=lambda one: (-one.responses, one.deployment))
+        shown = {one.deployment for one in busiest[:MOST_LABELS]}
         telemetry.FLEET_Z.clear()
         telemetry.FLEET_Z_ERROR.clear()
         telemetry.FLEET_LATE.clear()
@@ -224,16 +218,19 @@ def close(
     through: int,
     sensitivity: Sensitivity,
     restarts: Sequence[int] = (),
+    *,
+    counting: bool = True,
 ) -> tuple[ClosedMinutes, list[tuple[str, Shift]]]:
     """Close every minute up to `through`. Pure, and the same in one go or minute by minute.
 
     Args:
         closed: what is closed; None at the very first time.
-        sums: what the store has now of all minutes from the one after the last closed one, and from the beginning of
-            the late day, up to `through`; in order.
+        sums: what the store has now of the minutes after the last closed one up to `through`, in order; and of the day
+            before, if late responses are to be counted.
         through: the last minute to close.
         sensitivity: how the detectors are set.
         restarts: minutes in which a calibration was activated, in order.
+        counting: whether to count late responses. If not, the last count stays.
     """
     last = closed.through if closed else -1
     new = [row for row in sums if row.minute > last]
@@ -252,7 +249,7 @@ def close(
         kept[deployment] = watch.rows
     minutes = sorted(row for rows in kept.values() if rows and rows[-1].minute > through - WEEK for row in rows)
     hours = _by_hour([*(closed.hours if closed else ()), *new], through)
-    late = _late(sums, hours, through)
+    late = _late(sums, hours, through) if counting or closed is None else closed.late
     found.sort(key=lambda one: (one[1].minute, one[0]))
     return ClosedMinutes(through, minutes, late, hours), found
 
@@ -280,7 +277,7 @@ def _by_hour(rows: Iterable[MinuteSums], through: int) -> list[MinuteSums]:
 
 
 def _day_before(through: int) -> int:
-    """The first minute of the hour a day before `through`'s: responses that come too late are counted from it on."""
+    """The first minute of the hour a day before `through`'s: late responses are counted from it on."""
     return max(through - through % HOUR - DAY, 0)
 
 
@@ -317,14 +314,11 @@ class Age(NamedTuple):
 
 
 def ages(closed: ClosedMinutes, minutes: int) -> list[Age]:
-    """The age of every deployment's baseline over the last `minutes` (a day, a week), in whole hours; by name."""
-    return _ages(row for row in closed.hours if row.minute > closed.through - minutes)
-
-
-def _ages(rows: Iterable[MinuteSums]) -> list[Age]:
+    """The age of every deployment's baseline, by name, over those hours that began in the last `minutes`."""
     by_deployment: dict[str, list[MinuteSums]] = defaultdict(list)
-    for row in rows:
-        by_deployment[row.deployment].append(row)
+    for row in closed.hours:
+        if row.minute > closed.through - minutes:
+            by_deployment[row.deployment].append(row)
     result = []
     for deployment, units in sorted(by_deployment.items()):
         responses = sum(unit.responses for unit in units)
@@ -353,7 +347,7 @@ def _finding(deployment: str, shift: Shift, sensitivity: Sensitivity, axis_id: s
     identity = finding_id(deployment, shift.minute)
     return Finding(
         id=identity,
-        time=_rfc3339(shift.minute + 1),
+        time=moment(shift.minute + 1),
         conversation_id="",
         turn=0,
         deployment=deployment,
@@ -375,5 +369,6 @@ def _severity(shift: Shift) -> Literal["warning", "info"]:
     return "warning" if shift.fall > 0.0 else "info"
 
 
-def _rfc3339(minute: int) -> str:
+def moment(minute: int) -> str:
+    """The beginning of a minute since 1970, RFC 3339 in UTC."""
     return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(minutes=minute)).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -144,7 +144,7 @@ RESPONSES_UNSCORED = Counter(
 # The fleet: whole deployments. At most fifty of them, the busiest, have labels of their own.
 FLEET_Z = Gauge(
     "anchorwatch_fleet_z",
-    "Mean z of a deployment over the last closed hour, day or week; its baseline's mean is 0",
+    "Mean z of a deployment over the last hour or two, day or week; its baseline's mean is 0",
     ["deployment", "span"],
     registry=REGISTRY,
 )
@@ -156,7 +156,7 @@ FLEET_Z_ERROR = Gauge(
 )
 FLEET_LATE = Gauge(
     "anchorwatch_fleet_late_responses",
-    "Responses of the last day's minutes that came after their minute had been closed",
+    "Responses of the last day that came after their minute had been closed, counted once an hour",
     ["deployment"],
     registry=REGISTRY,
 )

@@ -19,12 +19,14 @@ from typing import Protocol
 
 import numpy as np
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from river.drift import ADWIN, PageHinkley
 from servers import fresh
 from service import CONFIG, projection
+from typer.testing import CliRunner
 
 from benchmarks.fleet import RATES, Traffic, delays, false_shifts, minutes, noise, ours, river_defaults
 from monitor import telemetry
@@ -34,6 +36,7 @@ from monitor.detect.fleet import Sensitivity, Watch, shifts
 from monitor.errors import CommitRefused
 from monitor.events import Finding, Projection, decode_finding, encode
 from monitor.fleet import SETTLING, FleetReader, FleetStore, ages, close, finding_id
+from monitor.fleet_report import fleet_command
 from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
 from monitor.store.store import ClosedMinutes, Commit, MinuteSums, Outbox, Position, Reader, Store
@@ -41,7 +44,7 @@ from monitor.stream.log import PROJECTIONS, Message, Record, Span
 from monitor.sums import minute_sums, watermark
 
 DAY = 1440
-TODAY = 29_454_480  # the first minute of 2026-01-01, which is also the first of an hour
+TODAY = 29_453_760  # the first minute of 2026-01-01, which is also the first of an hour
 NOW = (TODAY + 30 * DAY) * 60.0
 TOUCHY = Sensitivity(block=1, threshold=2.0, least_blocks=2, window=2, grace=2)
 
@@ -570,7 +573,7 @@ def test_late_responses_are_counted_to_the_last_one_and_change_nothing_else(make
     chance = random.Random(5)
     for number in range(137):
         town.say(number % 3, ((TODAY + chance.randrange(720)) * 60.0, "bar" if number % 10 else "new", -20_000))
-    end = (TODAY + 12 * 60 + 30) * 60.0
+    end = (TODAY + 13 * 60 + 30) * 60.0  # late responses are counted once an hour
     for partition in range(3):
         town.say(partition, (end, "shop", 0))
     assert town.fold_all(chance) == []
@@ -663,7 +666,7 @@ def test_a_partition_that_does_not_move_is_given_up_after_a_while_unless_all_are
             break
     assert 10 <= minute <= 14, "given up too soon, or never"
     town.fold(1, 1)
-    town.say(0, (at + 60 * (minute + 1), "shop", 0))
+    town.say(0, (at + 3900, "shop", 0))
     town.fold(0, 1)
     town.reader.run_once()
     assert town.store.closed().late == {"bar": 1}  # type: ignore[union-attr]
@@ -827,7 +830,7 @@ def test_gauges_show_the_fifty_busiest_and_no_more(make_store: Callable[[], Back
     town = Town(make_store(), [line])
     town.fold_rest(0)
     town.reader.run_once()
-    town.say(0, *((TODAY * 60.0, f"d{number:02}", 0) for number in range(60)), ((TODAY + 20) * 60.0, "d59", 0))
+    town.say(0, *((TODAY * 60.0, f"d{number:02}", 0) for number in range(60)), ((TODAY + 80) * 60.0, "d59", 0))
     town.fold_rest(0)
     town.reader.run_once()
     shown = {sample.labels["deployment"] for sample in telemetry.FLEET_Z.collect()[0].samples}
@@ -835,4 +838,35 @@ def test_gauges_show_the_fifty_busiest_and_no_more(make_store: Callable[[], Back
     assert telemetry.FLEET_Z.labels("d10", "day")._value.get() == 10.0
     late = {s.labels["deployment"]: s.value for s in telemetry.FLEET_LATE.collect()[0].samples}
     assert late["other"] == 10 and late["d10"] == 1 and len(late) == 51
-    assert telemetry.FLEET_CLOSED._value.get() == (TODAY + 18) * 60
+    assert telemetry.FLEET_CLOSED._value.get() == (TODAY + 78) * 60
+
+
+def told(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(fleet_command)
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+    return result.exit_code, result.stdout
+
+
+def test_the_report_shows_deployments_their_age_and_the_last_shifts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANCHORWATCH_DATA_DIR", str(tmp_path))
+    assert told("--json")[0] == 1 and json.loads(told("--json")[1])["closed_until"] is None
+    store = SqliteStore(tmp_path / "store.db")
+    names = ("shop", "[bold]bar")
+    line: Line = [(TODAY * 60.0 + 30 * i, names[i % 2], -1000 if i > 900 else 100) for i in range(1000)]
+    town = Town(store, [line])
+    town.fold_rest(0)
+    found = town.reader.run_once()
+    store.close()
+    code, out = told("--json")
+    report = json.loads(out)
+    assert code == 0 and report["closed_until"] == "2026-01-01T08:17:00Z"
+    day = report["deployments"]["shop"]["day"]
+    assert day == report["deployments"]["shop"]["week"] and day["responses"] == 497
+    assert day["mean_z"] == pytest.approx((451 * 0.1 - 46) / 497, abs=1e-3) and day["standard_error"] > 0.05
+    assert {one["id"] for one in report["shifts"]} == {one.id for one in found} and len(found) == 2
+    assert {one["fall"] for one in report["shifts"]} == {one.value for one in found}
+    code, out = told("--shifts", "1")
+    assert code == 0 and "[bold]bar" in out and "0.00 ± 0.07" in out and out.count("the mean fell by 1.1") == 1

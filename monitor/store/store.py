@@ -42,7 +42,7 @@ class Position(NamedTuple):
     revision: int = 0
 
 
-class TrajectoryPoint(Struct, frozen=True, kw_only=True):
+class TrajectoryPoint(Struct, frozen=True, kw_only=True, gc=False):
     """One response of a conversation, judged. Numbers are exact to seven digits, times to the millisecond.
 
     Attributes:
@@ -66,7 +66,7 @@ class TrajectoryPoint(Struct, frozen=True, kw_only=True):
     place: tuple[float, float] | None
 
 
-class Session(Struct, frozen=True, kw_only=True):
+class Session(Struct, frozen=True, kw_only=True, gc=False):
     """What people see of one conversation, as of its last response. Numbers are exact to seven digits.
 
     Attributes:
@@ -100,7 +100,7 @@ class Session(Struct, frozen=True, kw_only=True):
     severity: Severity | None = None
 
 
-class MinuteSums(Struct, frozen=True, order=True, array_like=True):
+class MinuteSums(Struct, frozen=True, order=True, array_like=True, gc=False):
     """What one partition, or all of them, saw of one deployment in one minute of event time.
 
     Whole numbers, so that sums do not depend on the order in which they are taken.
@@ -267,7 +267,8 @@ class ClosedMinutes(Struct, frozen=True):
     Attributes:
         through: the last minute that is closed.
         minutes: those closed ones that the detectors are rebuilt from, as they were when they were closed, in order.
-        late: deployment → responses that came for a minute of the last day after it had been closed.
+        late: deployment → responses that had come, for minutes of the last day, after these had been closed; counted
+            whenever the first minute of an hour is closed.
         hours: the closed minutes of the last week, summed by the hour; `minute` is the hour's first. In order.
     """
 
