@@ -57,7 +57,7 @@ Index = Annotated[int, Meta(ge=0)]
 Coordinates = dict[str, float]
 
 
-class Windows(Struct, frozen=True):
+class Windows(Struct, frozen=True, gc=False):
     """Coordinates of two 16-token windows of a response; of the whole response when it is shorter than that.
 
     `lowest` is the window where the bundle's readout is least, `last` the last one.
@@ -67,7 +67,7 @@ class Windows(Struct, frozen=True):
     last: Coordinates
 
 
-class Projection(Struct, frozen=True, kw_only=True):
+class Projection(Struct, frozen=True, kw_only=True, gc=False):
     """One response, measured. The log's key is `conversation_id`.
 
     Attributes:
@@ -123,7 +123,7 @@ class Projection(Struct, frozen=True, kw_only=True):
         return datetime.fromisoformat(self.time)
 
 
-class Finding(Struct, frozen=True, kw_only=True):
+class Finding(Struct, frozen=True, kw_only=True, gc=False):
     """What the detector says about one conversation at one turn.
 
     Attributes:

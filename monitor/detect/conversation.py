@@ -44,7 +44,7 @@ REMEMBERED = 32  # ids, and turns behind the last one
 HASH_LENGTH = 8  # base64 characters: 48 bits, so that one event in 10^13 is mistaken for a duplicate
 
 
-class Episode(Struct, frozen=True, array_like=True):
+class Episode(Struct, frozen=True, array_like=True, gc=False):
     """An excursion that has been told and is not over.
 
     Attributes:
@@ -62,10 +62,11 @@ class Episode(Struct, frozen=True, array_like=True):
     inside: int = 0
 
 
-class ConversationState(Struct, frozen=True, array_like=True):
+class ConversationState(Struct, frozen=True, array_like=True, gc=False):
     """What is remembered of one conversation: a few hundred bytes, however long it lasts.
 
-    Written as an array to stay small: new fields go at the end, with a default.
+    Written as an array to stay small: new fields go at the end, with a default. `gc=False`, here and wherever there are
+    many: what can't be part of a cycle the garbage collector need not walk, and a worker holds 100,000 of these.
 
     Attributes:
         segment: index of the segment, from 0.

@@ -41,7 +41,7 @@ ACTIONS = "anchorwatch.actions"
 Headers = tuple[tuple[str, bytes], ...]
 
 
-class Message(Struct, frozen=True):
+class Message(Struct, frozen=True, gc=False):
     """What goes into the log. Messages of equal key keep their order.
 
     Its partition is murmur2 of the key, as every Kafka client has it, unless `partition` names one: only a control
@@ -54,7 +54,7 @@ class Message(Struct, frozen=True):
     partition: int | None = None
 
 
-class Record(Struct, frozen=True):
+class Record(Struct, frozen=True, gc=False):
     """What comes out of the log: a message and its place. Offsets rise; in the embedded log without gaps.
 
     A foreign producer may have sent no key, or one that is no text: that comes out empty, with U+FFFD for what is none.

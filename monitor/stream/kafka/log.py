@@ -205,7 +205,7 @@ def records(topic: str, partition: int, rows: Sequence[Any]) -> list[Record]:
             row.offset,
             row.key.decode(errors="replace") if row.key else "",
             row.value or b"",
-            tuple([(name, value or b"") for name, value in row.headers]) if row.headers else (),
+            tuple(row.headers),
         )
         for row in rows
     ]
