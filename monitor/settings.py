@@ -384,12 +384,13 @@ def load_settings() -> Settings:
 
 
 def _told(location: tuple[int | str, ...], message: str, value: object) -> str:
-    """One problem in a line. A secret's value is never repeated."""
+    """One problem in a line. A secret's value is never repeated, nor a URL that may hold one."""
     text = message[0].lower() + message[1:]
     if not location:
         return text
     field = str(location[0])
-    got = "" if field in ("installation_key", "kafka_password") else f" (got {value!r})"
+    secret = field in ("installation_key", "kafka_password") or "@" in str(value)
+    got = "" if secret else f" (got {value!r})"
     return f"{PREFIX}{field.upper()}: {text}{got}"
 
 

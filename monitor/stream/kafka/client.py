@@ -99,8 +99,11 @@ def _shake_hands(client: KafkaNetClient, seconds: float) -> None:
     for broker in client.cluster.bootstrap_brokers():
         try:
             client._net.run(connect, broker.node_id)
-        except kafka_errors.KafkaError as error:
+        except (kafka_errors.KafkaError, LogError) as error:
             failure = error
+        except (KeyError, ValueError, IndexError) as error:  # of a SASL answer that the library did not expect
+            failure = kafka_errors.SaslAuthenticationFailedError(f"unexpected answer: {type(error).__name__}")
+            failure.__cause__ = error
         else:
             client.close(broker.node_id)
             return

@@ -130,7 +130,7 @@ def _explain(error: kafka_errors.KafkaError, bootstrap: str, topic: str) -> LogE
                 f"{where} shows a certificate that we do not trust: {error}",
                 cure="name whoever signed it in ANCHORWATCH_KAFKA_CA_FILE, and reach it by a name in the certificate",
             )
-        case kafka_errors.KafkaConnectionError() if "SSL" in str(error):
+        case kafka_errors.KafkaConnectionError() if "SSL" in str(error) and "EOF" not in str(error):
             return LogError(
                 f"{where} does not speak TLS as we do: {error}",
                 cure="name the TLS listener's port, or set ANCHORWATCH_KAFKA_SECURITY_PROTOCOL as the listener has it",
