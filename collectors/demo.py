@@ -1,6 +1,8 @@
 """The demo: a real model holds scripted conversations, is watched while it speaks, and drifting ones are flagged live.
 
-Every part is the real one: model, tap, queue, log, worker, store. It knows how to join them and how to show it.
+Every part is the real one: model, tap, queue, log, worker, store. It knows how to join them and how to show it. By
+default log and store are embedded, and thrown away; on Kafka and Redis it has a topic of its own, so that nothing of it
+gets among real conversations.
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ from collectors.publish import open_publisher
 from collectors.traffic import DRIFTING, HEALTHY, Reply, Script, load_scripts, play
 from collectors.watch import watch
 from monitor.axis.bundle import load_bundle, resolve_bundle
+from monitor.database import sqlite_url
 from monitor.detect.configure import detector_config
 from monitor.detect.conversation import Step
 from monitor.errors import ConfigurationError
 from monitor.events import Finding, Projection
 from monitor.settings import load_settings
-from monitor.store.sqlite import SqliteStore
-from monitor.stream.log import EmbeddedLog
-from monitor.worker import Worker, run_workers
+from monitor.store import open_store
+from monitor.stream import open_log, open_subscription, open_topics
+from monitor.stream.log import PROJECTIONS
+from monitor.stream.options import KafkaOptions
+from monitor.stream.topics import TopicSpec
+from monitor.worker import Worker
 
 __all__ = ["Demo", "run_demo", "sparkline", "spread"]
 
@@ -49,6 +55,7 @@ MEANING = {
     "jailbreak": "pressed into an unrestricted persona: drift",
     "slow_drift": "a task that slowly becomes something else: drift",
 }
+TOPIC = "anchorwatch.demo"
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -200,6 +207,9 @@ def run_demo(
     seed: int = 0,
     batch_size: int = 32,
     data_dir: Path | None = None,
+    log_url: str | None = None,
+    store_url: str | None = None,
+    kafka: KafkaOptions | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the demo and return its summary, as `anchorwatch demo --json` prints it.
@@ -207,7 +217,10 @@ def run_demo(
     Args:
         conversations: how many, spread over the kinds; by default four of each kind.
         tokens: longest reply.
-        data_dir: where log and store are kept; by default a temporary folder that is removed.
+        data_dir: where embedded log and store are kept; by default a temporary folder that is removed.
+        log_url, store_url: a log or a store elsewhere, as the settings name them. On Kafka the responses go to a topic
+            of their own, `anchorwatch.demo`, which is made when it is missing.
+        kafka: how to reach it.
         console: where to show it; by default standard error.
 
     Raises:
@@ -225,22 +238,30 @@ def run_demo(
         "traffic, low is drift."
     )
     # A log that is kept may hold an earlier run: its conversations must not be continued by this one.
-    run = f"@{uuid.uuid4().hex[:6]}" if data_dir else ""
+    run = f"@{uuid.uuid4().hex[:6]}" if data_dir or log_url or store_url else ""
     talks = [(script.id + run, script) for script in scripts]
     demo = Demo(talks)
     view: View = LiveTable(demo, console) if console.is_terminal else Lines(demo, console)
     with tempfile.TemporaryDirectory(prefix="anchorwatch-") as scratch:
         folder = data_dir or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        log, store = EmbeddedLog(folder / "log.db"), SqliteStore(folder / "store.db")
+        log_url = log_url or sqlite_url(folder / "log.db")
+        topic = _own_topic(log_url, kafka)
+        log = open_log(log_url, kafka)
+        store = open_store(store_url or sqlite_url(folder / "store.db"))
+        subscription = open_subscription(log_url, log, topic, f"anchorwatch-demo{run}", kafka)
         stop = threading.Event()
 
         def on_step(projection: Projection, result: Step) -> None:
             for finding in demo.on_step(projection, result):
                 view.told(finding)
 
-        worker = Worker(log, store, config, on_step=on_step)
-        judging = threading.Thread(target=run_workers, args=([worker], stop), name="anchorwatch-worker")
+        def of_this_run(projection: Projection, result: Step) -> None:
+            if projection.conversation_id in demo.sessions:
+                on_step(projection, result)
+
+        worker = Worker(log, store, config, subscription=subscription, topic=topic, on_step=of_this_run)
+        judging = threading.Thread(target=worker.run, args=(stop,), name="anchorwatch-worker")
 
         def on_reply(reply: Reply) -> None:
             demo.on_reply(reply)
@@ -261,6 +282,7 @@ def run_demo(
             finally:
                 stop.set()
                 judging.join()
+                subscription.close()
                 log.close()
                 store.close()
         console.print("Measuring what the tap costs …", style="dim")
@@ -284,6 +306,19 @@ def run_demo(
         )
     show_summary(summary, demo, console)
     return summary
+
+
+def _own_topic(log_url: str, kafka: KafkaOptions | None) -> str:
+    """The topic that the demo writes to: on Kafka one of its own, with a few partitions to share."""
+    topics = open_topics(log_url, kafka)
+    if topics is None:
+        return PROJECTIONS
+    try:
+        if TOPIC not in topics.states([TOPIC]):
+            topics.create([TopicSpec(name=TOPIC, partitions=4, replication=1, config={"retention.ms": "86400000"})])
+    finally:
+        topics.close()
+    return TOPIC
 
 
 def show_summary(summary: dict[str, Any], demo: Demo, console: Console) -> None:

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from monitor import telemetry
 from monitor.errors import AnchorwatchError, ConfigurationError
+from monitor.fleet_report import fleet_command
 from monitor.operators import mount as mount_operators
 from monitor.service import replay as replay_command
 from monitor.service import worker as worker_command
@@ -50,6 +51,7 @@ app.command("replay")(replay_command)
 app.command("api")(api_command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(topics_app, name="topics")
+app.command("fleet")(fleet_command)
 mount_operators(app)
 
 _stderr = Console(stderr=True)

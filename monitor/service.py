@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import structlog
 import typer
 from rich.console import Console
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["replay", "worker"]
 
 _stderr = Console(stderr=True)
+_log = structlog.get_logger("anchorwatch.service")
 
 Bundle = Annotated[str, typer.Option("--bundle", help="A shipped axis bundle's name, or a bundle's folder.")]
 Calibration = Annotated[
@@ -51,6 +53,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     stop = stop_on_signals()
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
+    _advise(settings)
     log = connect.log(settings)
     store = connect.store(settings)
     subscription = connect.subscription(settings, log)
@@ -75,6 +78,25 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
         keeping.join()
         log.close()
         store.close()
+
+
+def _advise(settings: Settings) -> None:
+    """Say what is wrong with the topics. Whether one is missing shows when it is used, and is an error then."""
+    from monitor import connect
+    from monitor.errors import LogUnavailable
+    from monitor.stream.topics import advice
+
+    topics = connect.topics(settings)
+    if topics is None:
+        return
+    plan = connect.topic_plan(settings)
+    try:
+        for one in advice(plan, topics.states([spec.name for spec in plan])):
+            _log.warning("a topic", severity=one.severity, topic=one.topic, problem=one.problem, cure=one.cure)
+    except LogUnavailable:
+        pass  # the worker waits for it, and says so
+    finally:
+        topics.close()
 
 
 def _duties(settings: Settings, log: Log, store: Backend) -> list[Duty]:
