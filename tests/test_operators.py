@@ -218,12 +218,12 @@ def test_while_the_store_is_away_what_is_done_is_written_and_told(
 # Dead letters
 
 
-def poisoned(here: Installation, secret: str = "SECRET") -> str:
+def poisoned(here: Installation, conversation: str = "c") -> str:
     """A response that a broken release can't fold; its error quotes the record."""
-    here.talk("c", 0.0)
+    here.talk(conversation, 0.0)
 
     def broken(*arguments: object) -> None:
-        raise ValueError(secret)
+        raise ValueError("SECRET")
 
     Worker(here.log, here.store, CONFIG, fold=broken).run_once()  # type: ignore[arg-type]
     return f"{PROJECTIONS}/0/0"
