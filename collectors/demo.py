@@ -272,7 +272,7 @@ def run_demo(
             started = time.monotonic()
             try:
                 with (
-                    open_publisher(log, load_settings()) as publisher,
+                    open_publisher(log, load_settings(), topic) as publisher,
                     watch(loaded.model, loaded.tokenizer, axis, publisher) as watched,
                 ):
                     play(loaded, watched, talks, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=on_reply)
