@@ -127,35 +127,52 @@ class ResendingLog:
         batch = self._spool.head(BATCH)
         try:
             self._log.append(self._topic, batch)
-            taken, refused = len(batch), 0
+            dealt, refused = len(batch), 0
         except LogUnavailable:
             raise
         except Exception as error:
-            taken, refused = self._send_one_by_one(batch)
-            if not taken:
+            dealt, refused = self._send_one_by_one(batch)
+            if not dealt:
                 raise  # it refuses everything: then the fault is the log's, and no message is given up
             _log.error("the log refuses projections", count=refused, problem=_told(error))
-        self._spool.forget(taken + refused)
-        telemetry.PUBLISHER_RESENT.inc(taken)
+        self._spool.forget(dealt)
+        telemetry.PUBLISHER_RESENT.inc(dealt - refused)
         if refused:
             self._refused(refused)
-        return taken + refused
+        return dealt
 
     def _send_one_by_one(self, batch: Sequence[Message]) -> tuple[int, int]:
-        """How many messages from the head on were taken and refused, where a batch as a whole is refused.
+        """Send a batch that was refused as a whole. Gives how many from the head on are dealt with, and how many of
+        those the log will not have.
 
-        One that no log will ever have must not hold up all that are behind it.
+        One that no log will ever have must not hold up all that are behind it. But a log may refuse everything for a
+        while, and take it back at any moment: so one is given up only when it is refused again after another
+        conversation's has been taken. Its own conversation waits behind it, and keeps its order.
         """
-        taken = refused = 0
-        for message in batch:
-            try:
-                self._log.append(self._topic, [message])
-                taken += 1
-            except LogUnavailable:
-                break
-            except Exception:
-                refused += 1
-        return taken, refused
+        doubtful: list[Message] = []
+        dealt = refused = 0
+        try:
+            for message in batch:
+                if message.key in {other.key for other in doubtful} or not self._takes(message):
+                    doubtful.append(message)
+                    continue
+                while doubtful:
+                    refused += not self._takes(doubtful[0])
+                    del doubtful[0]
+                    dealt += 1
+                dealt += 1
+        except LogUnavailable:
+            pass  # what is not dealt with stays, and some of it may come twice
+        return dealt, refused
+
+    def _takes(self, message: Message) -> bool:
+        try:
+            self._log.append(self._topic, [message])
+        except LogUnavailable:
+            raise
+        except Exception:
+            return False
+        return True
 
 
 def _told(error: Exception) -> str:

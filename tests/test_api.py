@@ -39,6 +39,7 @@ from monitor.api.auth import SCOPES, Keys, create_key, read_keys, revoke_key
 from monitor.api.documents import EXAMPLE
 from monitor.api.limits import Allowance, Buckets
 from monitor.api.problems import Problem
+from monitor.api.server import listen
 from monitor.envelope import message_of
 from monitor.errors import ConfigurationError
 from monitor.events import Projection, decode_projection, encode
@@ -787,6 +788,14 @@ def test_anchorwatch_api_runs_by_its_settings_with_tls(tmp_path: Path) -> None:
             assert problem(post(client, *(projection("c", turn) for turn in range(3))), 413)
         assert ids(server.records()) == ["c#0", "c#1"]
         assert server.stop() == 0
+
+
+def test_answers_do_not_wait_for_the_clients_acknowledgement() -> None:
+    # Nagle's algorithm would hold back each answer's second packet, which costs 40 ms: too little for a test to time.
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_that_is_taken_is_told_with_the_cure(tmp_path: Path) -> None:
