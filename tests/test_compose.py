@@ -186,8 +186,7 @@ def test_secrets_come_by_file_and_are_given_to_those_who_need_them() -> None:
         for variable, value in (service.get("environment") or {}).items():
             if re.search("PASSWORD|SECRET|TOKEN|KEY", variable):
                 assert variable.endswith("_FILE") and value.startswith("/run/secrets/"), (name, variable)
-                if "redis" in service["depends_on"]:
-                    assert Path(value).name in service["secrets"], (name, variable)
+                assert Path(value).name in service["secrets"], (name, variable)
         assert not re.search(r"://[^/@\"\s]*:[^/@\"\s]+@", json.dumps(service)), f"{name}: a password in a URL"
     for secret in COMPOSE["secrets"].values():
         path = ROOT / secret["file"]
@@ -209,6 +208,21 @@ def test_make_secrets_makes_what_is_missing_and_replaces_nothing(tmp_path: Path)
     for path in folder.iterdir():
         assert re.fullmatch(r"[0-9a-f]{64}\n", path.read_text())
         assert path.stat().st_mode & 0o777 == 0o444
+
+
+def test_the_page_tells_each_service_and_its_limits() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    told = {
+        name: (memory, cpus)
+        for name, memory, cpus in re.findall(r"^\| (\w+).*? \| ([\d.]+ [MG]B) \| ([\d.]+) \|$", page, re.M)
+    }
+    units = {"m": " MB", "g": " GB"}
+    limits = {name: service["deploy"]["resources"]["limits"] for name, service in SERVICES.items()}
+    assert told == {name: (one["memory"][:-1] + units[one["memory"][-1]], one["cpus"]) for name, one in limits.items()}
+    rows = dict(re.findall(r"^\| `(\w+)`.*?\|.*?\| ([\w, ]+) \|", page, re.M))
+    assert {name: row.split(", ") for name, row in rows.items()} == {
+        name: service["networks"] for name, service in SERVICES.items()
+    }
 
 
 # The Dockerfile.
