@@ -336,6 +336,9 @@ def test_both_sides_are_compared_where_both_know(store: Backend) -> None:
     with pytest.raises(StoreError, match="had 4 partitions") as caught:
         Writer(store).commit(projection("a", 3), partitions=8)
     assert not caught.value.retry
+    for changes in ({"partitions": 8}, {"topic_id": "another", "partitions": 4}):
+        with pytest.raises(StoreError):
+            Writer(store, partition=5).commit(projection("f", 0), **changes)
     assert everything(store) == before
 
 

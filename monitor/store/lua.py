@@ -2,7 +2,9 @@
 
 The scripts know how a conversation's bytes begin (`layout`), and no more of what is in them. A script answers with a
 value where it refuses, never with an error. It reads and compares before it writes; its first write is one that Redis
-refuses when memory is out, so nothing is half written. (Once a script has written, Redis lets it end.)
+refuses when memory is out, so nothing is half written. (Once a script has written, Redis lets it end.) Redis undoes
+nothing when a script fails in the middle, as it would on a foreign key of ours: so a batch can be committed once more
+after that, and comes to the same.
 
 Every key of a script lies in one slot of a cluster, by its tag. Declared are the keys that the caller can know. The
 others (a ranking, an hour's sums, findings) are named by the script: they share the tag, so they are on the same
@@ -18,12 +20,13 @@ from monitor.store.layout import HEAD, LABEL, POINT, THERE, TOLD
 
 __all__ = ["CLOSE", "COMMIT", "FOLD_ACTIONS", "FORGET", "LEASE", "PRUNE", "RELEASE", "SWEEP"]
 
-# Keep a finding once: 1 when it is new. The outbox has its own copy, which nothing expires.
+# Keep a finding once; whether it is new. The outbox has its own copy, which nothing expires.
 _TELL = """
 local function tell(tag, id, conversation, score, body)
-  if redis.call('HSETNX', tag .. 'f:' .. conversation, id, body) == 0 then return false end
-  redis.call('XADD', tag .. 'outbox', '*', 'f', body)
+  if redis.call('HEXISTS', tag .. 'f:' .. conversation, id) == 1 then return false end
   redis.call('ZADD', tag .. 'findings', score, id .. '\\0' .. conversation)
+  redis.call('XADD', tag .. 'outbox', '*', 'f', body)
+  redis.call('HSET', tag .. 'f:' .. conversation, id, body)
   return true
 end
 """
@@ -66,27 +69,12 @@ for _ = 1, tonumber(take()) do
 end
 if next(told) then call('ZREMRANGEBYRANK', tag .. 'findings', kept, -1) end
 
-for _ = 1, tonumber(take()) do
-  local outcome = take()
-  call('HINCRBY', tag .. 'counts', outcome, take())
-end
-
-for _ = 1, tonumber(take()) do
-  local hour, field, responses, z, warned = take(), take(), take(), take(), take()
-  local old = call('HGET', tag .. 's:' .. hour, field)
-  if old then
-    local r, s, w = string.match(old, '^(%-?%d+) (%-?%d+) (%-?%d+)$')
-    responses, z, warned = r + responses, s + z, w + warned
-  else
-    call('ZADD', tag .. 'hours', hour, hour)
-  end
-  call('HSET', tag .. 's:' .. hour, field, string.format('%.0f %.0f %.0f', responses, z, warned))
-end
 -- The conversations, by label: how many, then for each its risk for the ranking, session and state, new points.
 local name_begins = #tag + 3
+local labelled = tonumber(take())
 local k, a = 2, next_argument
-for _ = 1, tonumber(ARGV[a + 1]) do
-  local label, deployment, count = ARGV[a + 2], ARGV[a + 3], tonumber(ARGV[a + 4])
+for _ = 1, labelled do
+  local label, deployment, count = ARGV[a + 1], ARGV[a + 2], tonumber(ARGV[a + 3])
   a = a + 3
   local number = call('HGET', tag .. 'labels', label)
   if not number then
@@ -99,7 +87,7 @@ for _ = 1, tonumber(ARGV[a + 1]) do
   for j = k + 1, k + count do
     local key = KEYS[j]
     local conversation = sub(key, name_begins)
-    local risk, head, points = ARGV[a + 2], ARGV[a + 3], ARGV[a + 4]
+    local risk, head, points = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
     a = a + 3
     local old = call('GET', key)
     local is_told = told[conversation]
@@ -109,16 +97,14 @@ for _ = 1, tonumber(ARGV[a + 1]) do
       -- where some are missing in between, the old ones go.
       local last = unpack_bytes('<I4', head, 7) - #points / POINT
       local ends = #old - (responses - last) * POINT
-      if last <= responses and ends > begin then
-        points = sub(old, begin + 1, ends) .. points
-        if #points > most then points = sub(points, -most) end
-      end
+      if last <= responses and ends > begin then points = sub(old, begin + 1, ends) .. points end
       if old_number ~= number and flags % 2 == THERE then
         local was = cjson.decode(call('HGET', tag .. 'labels', old_number))[1]
         if was ~= deployment then call('ZREM', tag .. 'r:' .. was, conversation) end
       end
       is_told = is_told or flags >= TOLD
     end
+    if #points > most then points = sub(points, -most) end
     if is_told then
       head = sub(head, 1, 4) .. string.char(string.byte(head, 5) + TOLD) .. sub(head, 6)
       call('EXPIRE', tag .. 'f:' .. conversation, ttl)
@@ -131,7 +117,7 @@ end
 
 -- The others: only duplicates of them have come, so their state alone has changed.
 for j = k + 1, #KEYS do
-  local key, value = KEYS[j], pack('<I4', 0) .. ARGV[a + 2]
+  local key, value = KEYS[j], pack('<I4', 0) .. ARGV[a + 1]
   a = a + 1
   local old = call('GET', key)
   if old then
@@ -140,6 +126,28 @@ for j = k + 1, #KEYS do
     value = sub(old, 1, 4) .. pack('<I4', ends + #state) .. sub(old, 9, ends) .. state .. sub(old, begin + 1)
   end
   call('SETEX', key, ttl, value)
+end
+
+-- What adds up comes last, and is touched before: should anything fail, the batch can be committed once more.
+for _, adding in ipairs({false, true}) do
+  next_argument = a
+  for _ = 1, tonumber(take()) do
+    local outcome, count = take(), take()
+    if adding then call('HINCRBY', tag .. 'counts', outcome, count) else call('HGET', tag .. 'counts', outcome) end
+  end
+  for _ = 1, tonumber(take()) do
+    local hour, field, responses, z, warned = take(), take(), take(), take(), take()
+    local old = call('HGET', tag .. 's:' .. hour, field)
+    if adding then
+      if old then
+        local r, s, w = string.match(old, '^(%d+) (%-?%d+) (%d+)$')
+        responses, z, warned = r + responses, s + z, w + warned
+      end
+      call('HSET', tag .. 's:' .. hour, field, string.format('%.0f %.0f %.0f', responses, z, warned))
+    else
+      call('ZADD', tag .. 'hours', hour, hour)
+    end
+  end
 end
 
 if watermark ~= '' and not (stored[6] and tonumber(stored[6]) >= tonumber(watermark)) then

@@ -41,6 +41,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
 
 from monitor.address import RedisAddress, redis_address
 from monitor.errors import AnchorwatchError, ConfigurationError, EventError, StoreError, StoreUnavailable
@@ -98,6 +99,7 @@ _PASSING = (
     "READONLY",
     "TRYAGAIN",
 )
+_NOT_ALLOWED = "The user executing the script can't"
 
 _label = msgspec.json.Decoder(tuple[str, str, str])
 _closed = msgspec.json.Decoder(ClosedMinutes)
@@ -115,6 +117,13 @@ class _Script:
 
 _COMMIT, _FORGET, _SWEEP, _PRUNE = _Script(COMMIT), _Script(FORGET), _Script(SWEEP), _Script(PRUNE)
 _LEASE, _RELEASE, _CLOSE, _FOLD_ACTIONS = _Script(LEASE), _Script(RELEASE), _Script(CLOSE), _Script(FOLD_ACTIONS)
+
+
+class _Listed(NamedTuple):
+    """A partition that was committed: of how many, 0 where nobody knew, and of which topic, empty likewise."""
+
+    of: int
+    topic_id: str
 
 
 class _Ranked(NamedTuple):
@@ -181,7 +190,7 @@ class RedisStore:
         self._client: Any = None
         self._sound = False
         self._shut = False
-        self._listed: dict[tuple[str, int], float] = {}
+        self._listed: dict[tuple[str, int], tuple[_Listed, float]] = {}
         try:
             for advice in self.advice():
                 _log.warning("the store may lose more than it must", advice=advice)
@@ -196,12 +205,9 @@ class RedisStore:
     def position(self, topic: str, partition: int) -> Position | None:
         """See `Store.position`."""
         key = self._tag(topic, partition) + "position"
-        schema, offset, revision, partitions = self._do("HMGET", key, "schema", "offset", "revision", "partitions")
+        schema, offset, revision = self._do("HMGET", key, "schema", "offset", "revision")
         _same_schema(schema)
-        if offset is None:
-            return None
-        self._list(topic, partition, int(partitions))
-        return Position(int(offset), int(revision))
+        return None if offset is None else Position(int(offset), int(revision))
 
     def config(self, topic: str, partition: int) -> bytes | None:
         """See `Store.config`."""
@@ -221,7 +227,8 @@ class RedisStore:
         }
 
     def commit(self, batch: Commit) -> None:
-        """See `Store.commit`. One script, one round trip."""
+        """See `Store.commit`. One script, one round trip; two more at a partition's first one, and once a minute."""
+        self._list(batch)
         tag = self._tag(batch.topic, batch.partition)
         expected = batch.expected
         arguments: list[Any] = [
@@ -242,14 +249,15 @@ class RedisStore:
         arguments.append(len(batch.findings))
         for finding in batch.findings:
             arguments += [finding.id, finding.conversation_id, _score(finding), encode(finding)]
+        keys, conversations = _conversations(tag, batch)
+        arguments += conversations
         arguments.append(len(batch.counts))
         for outcome, count in batch.counts.items():
             arguments += [outcome, count]
         arguments.append(len(batch.sums))
         for s in batch.sums:
             arguments += [s.minute // 60, f"{s.minute} {s.deployment}", s.responses, s.z, s.warned]
-        keys, conversations = _conversations(tag, batch)
-        verdict, *stored = self._run(_COMMIT, [tag + "position", tag + "never", *keys], arguments + conversations)
+        verdict, *stored = self._run(_COMMIT, [tag + "position", tag + "never", *keys], arguments)
         if verdict == 1:
             found = Position(int(stored[0]), int(stored[1])) if stored and stored[0] is not None else None
             raise refused(f"{batch.topic}/{batch.partition}", found, expected)
@@ -259,9 +267,6 @@ class RedisStore:
             raise problem
         if verdict == 3:
             _same_schema(stored[0])
-        if expected is None:
-            self._listed.pop((batch.topic, batch.partition), None)
-        self._list(batch.topic, batch.partition, batch.partitions)
 
     def close(self) -> None:
         """See `Store.close`."""
@@ -523,25 +528,33 @@ class RedisStore:
         name = topic.removeprefix(own) if topic.startswith(own) else "/" + topic
         return self._tag_of(f"{name}/{partition}")
 
-    def _list(self, topic: str, partition: int, partitions: int) -> None:
-        """Say where to find a partition: after its first commit, and again now and then, for this key may be on another
-        server of the cluster, and be lost alone."""
+    def _list(self, batch: Commit) -> None:
+        """Say where to find a partition: before its first commit, and again now and then, for this key may be on
+        another server of a cluster, and be lost alone. A topic that has grown is stopped here, new partitions too."""
         now = time.monotonic()
-        listed = self._listed.get((topic, partition))
-        if listed is None or now - listed > LISTED_SECONDS:
-            known = [f"{topic}/{partition}", partitions] if partitions else []
-            self._do("HSET", self._prefix + ":store", "schema", SCHEMA, *known)
-            if not known:
-                self._do("HSETNX", self._prefix + ":store", f"{topic}/{partition}", 0)
-            self._listed[topic, partition] = now
+        place, told = (batch.topic, batch.partition), _Listed(batch.partitions, batch.topic_id)
+        last, when = self._listed.get(place, (None, now))
+        if batch.expected is not None and told == last and now - when < LISTED_SECONDS:
+            return
+        known = self._partitions().get(batch.topic, {})
+        for one in known.values():
+            if problem := another_log(batch, topic_id=one.topic_id, partitions=one.of):
+                raise problem
+        before = known.get(batch.partition, _Listed(0, ""))
+        listed = _Listed(told.of or before.of, told.topic_id or before.topic_id)
+        self._do(
+            "HSET", self._prefix + ":store", "schema", SCHEMA, "/".join(map(str, place)), " ".join(map(str, listed))
+        )
+        self._listed[place] = told, now
 
-    def _partitions(self) -> dict[str, dict[int, int]]:
-        """Topic → partition → how many there were when it was committed; 0 where nobody knew."""
-        found: dict[str, dict[int, int]] = {}
-        for field, count in self._do("HGETALL", self._prefix + ":store").items():
+    def _partitions(self) -> dict[str, dict[int, _Listed]]:
+        """Topic → partition → of how many it is."""
+        found: dict[str, dict[int, _Listed]] = {}
+        for field, value in self._do("HGETALL", self._prefix + ":store").items():
             topic, _, partition = field.decode().rpartition("/")
             if topic:
-                found.setdefault(topic, {})[int(partition)] = int(count)
+                of, _, topic_id = value.decode().partition(" ")
+                found.setdefault(topic, {})[int(partition)] = _Listed(int(of), topic_id)
         return found
 
     def _tags(self) -> list[str]:
@@ -552,7 +565,7 @@ class RedisStore:
         """Where a conversation may be: one partition of each topic whose number of partitions is known."""
         tags = []
         for topic, partitions in sorted(self._partitions().items()):
-            count = max(partitions.values())
+            count = max(one.of for one in partitions.values())
             places = [partition_of(conversation_id, count)] if count else sorted(partitions)
             tags += [self._tag(topic, place) for place in places]
         return tags
@@ -706,7 +719,16 @@ class RedisStore:
                     f"{where} refuses this user and password",
                     cure="set ANCHORWATCH_STORE_PASSWORD_FILE, or user and password in ANCHORWATCH_STORE_URL",
                 )
-            case NoPermissionError():
+            case MasterNotFoundError() if AuthenticationError.__name__ in str(error):
+                return StoreError(
+                    f"the sentinels {self._where} refuse us", cure="set ANCHORWATCH_STORE_SENTINEL_PASSWORD_FILE"
+                )
+            case MasterNotFoundError():
+                return StoreUnavailable(
+                    f"the sentinels {self._where} name no primary called {self._address.service!r}",
+                    cure="wait until a failover has ended; or check the name at the end of ANCHORWATCH_STORE_URL",
+                )
+            case ResponseError() if isinstance(error, NoPermissionError) or _NOT_ALLOWED in str(error):
                 return StoreError(
                     f"{where} forbids a command to this user",
                     cure=f"ACL SETUSER ... ~{self._prefix}:* +@read +@write +@scripting +info (docs/redis.md)",

@@ -341,14 +341,17 @@ class SqliteStore:
 def _move(connection: sqlite3.Connection, batch: Commit) -> None:
     """Move the position, or refuse: the one gate through which everything else of a commit must pass."""
     row = connection.execute(
-        "SELECT offset, revision, topic_id, partitions FROM positions WHERE topic = ? AND partition = ?",
-        (batch.topic, batch.partition),
+        "SELECT offset, revision FROM positions WHERE topic = ? AND partition = ?", (batch.topic, batch.partition)
     ).fetchone()
-    stored = Position(*row[:2]) if row else None
+    stored = Position(*row) if row else None
     if stored != batch.expected:
         raise refused(f"{batch.topic}/{batch.partition}", stored, batch.expected)
-    if row and (problem := another_log(batch, topic_id=row[2], partitions=row[3])):
-        raise problem
+    # Of all partitions, so that one which is new since the topic has grown is stopped, too.
+    for topic_id, partitions in connection.execute(
+        "SELECT topic_id, partitions FROM positions WHERE topic = ?", (batch.topic,)
+    ):
+        if problem := another_log(batch, topic_id=topic_id, partitions=partitions):
+            raise problem
     connection.execute(
         "INSERT INTO positions VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?) ON CONFLICT DO UPDATE SET "
         "topic_id = coalesce(nullif(excluded.topic_id, ''), topic_id), "
