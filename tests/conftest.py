@@ -15,7 +15,7 @@ import hypothesis
 import msgspec
 import numpy as np
 import pytest
-from servers import kafka, own_kafka, own_redis, shared_redis  # noqa: F401  (fixtures, known to every test by this)
+from servers import brokers, kafka, own_kafka, own_redis, shared_redis  # noqa: F401  (known to every test by this)
 
 from monitor.axis.bundle import Bundle, BundleInfo, new_bundle
 from monitor.events import Projection

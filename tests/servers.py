@@ -205,6 +205,21 @@ def redis(directory: Path, *arguments: str, port: int | None = None) -> Server:
     return Server("redis", command, directory, port=port, answers=_pongs)
 
 
+def make_topic(address: str, *, partitions: int = 1, name: str | None = None, **config: str) -> str:
+    """A topic of that name, or of one that no other test uses. `config` has underscores for Kafka's dots."""
+    from monitor.stream.kafka import KafkaTopics
+    from monitor.stream.topics import TopicSpec
+
+    name = name or fresh("anchorwatch.test")
+    topics = KafkaTopics(address)
+    try:
+        dotted = {key.replace("_", "."): value for key, value in config.items()}
+        topics.create([TopicSpec(name=name, partitions=partitions, replication=1, config=dotted)])
+    finally:
+        topics.close()
+    return name
+
+
 def redis_url(server: Server, database: int = 0) -> str:
     return f"redis://{server.address}/{database}"
 
@@ -229,17 +244,29 @@ def _pongs(host: str, port: int) -> bool:
 # Fixtures; tests/conftest.py makes them known everywhere.
 
 
-@pytest.fixture(scope="session", params=BROKERS)
-def kafka(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server | Outside]:
-    """Each broker in turn, shared by all tests, so don't stop it: `.address`, `.name`. Make your own topics."""
-    if request.param == "outside":
-        yield Outside("outside", OUTSIDE_KAFKA)
-        return
-    server = broker(request.param, tmp_path_factory.mktemp("kafka") / request.param)
+@pytest.fixture(scope="session")
+def brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server | Outside]]:
+    """Name → that broker, started when it is first asked for and shared by all tests, so don't stop it."""
+    started: dict[str, Server] = {}
+
+    def running(name: str) -> Server | Outside:
+        if name == "outside":
+            return Outside("outside", OUTSIDE_KAFKA)
+        if name not in started:
+            started[name] = broker(name, tmp_path_factory.mktemp("kafka") / name).start()
+        return started[name]
+
     try:
-        yield server.start()
+        yield running
     finally:
-        server.kill()
+        for server in started.values():
+            server.kill()
+
+
+@pytest.fixture(scope="session", params=BROKERS)
+def kafka(request: pytest.FixtureRequest, brokers: Callable[[str], Server | Outside]) -> Server | Outside:
+    """Each broker in turn, shared by all tests, so don't stop it: `.address`, `.name`. Make your own topics."""
+    return brokers(request.param)
 
 
 @pytest.fixture(params=BROKERS)

@@ -1,4 +1,5 @@
-"""Promises of a log, held against every backend; then those of the embedded one, with its file broken for real."""
+"""Promises of a log and of a subscription, held against every backend; then those of the embedded log, with its file
+broken for real."""
 
 from __future__ import annotations
 
@@ -7,28 +8,57 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import BROKERS, Outside, Server, fresh, make_topic
 
 from monitor.database import sqlite_url
 from monitor.errors import ConfigurationError, LogError, LogUnavailable
 from monitor.store.sqlite import SqliteStore
-from monitor.stream import open_log
-from monitor.stream.log import EmbeddedLog, Log, Message
+from monitor.stream import open_log, open_subscription
+from monitor.stream.log import Batch, EmbeddedLog, Log, Message, Record, Subscription
 
 ROOT = Path(__file__).parent.parent
 TOPIC = "anchorwatch.test"
+SECONDS = 60.0
 
-BACKENDS: dict[str, Callable[[Path], Log]] = {"embedded": lambda directory: EmbeddedLog(directory / "log.db")}
+
+class Backend(NamedTuple):
+    """A kind of log: its URL, and how a topic of one partition comes to be."""
+
+    url: str
+    make_topic: Callable[[], str]
 
 
-@pytest.fixture(params=sorted(BACKENDS))
-def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
-    opened = BACKENDS[request.param](tmp_path)
+@pytest.fixture(params=["embedded", *BROKERS])
+def backend(request: pytest.FixtureRequest, tmp_path: Path, brokers: Callable[[str], Server | Outside]) -> Backend:
+    if request.param == "embedded":
+        return Backend(sqlite_url(tmp_path / "log.db"), lambda: fresh("topic"))
+    address = brokers(request.param).address
+    return Backend(f"kafka://{address}", lambda: make_topic(address))
+
+
+@pytest.fixture
+def topic(backend: Backend) -> str:
+    return backend.make_topic()
+
+
+@pytest.fixture
+def log(backend: Backend) -> Iterator[Log]:
+    opened = open_log(backend.url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def subscription(backend: Backend, log: Log, topic: str) -> Iterator[Subscription]:
+    opened = open_subscription(backend.url, log, topic, fresh("group"))
     yield opened
     opened.close()
 
@@ -37,52 +67,162 @@ def numbered(count: int, start: int = 0) -> list[Message]:
     return [Message(f"key {n % 3}", f"value {n}".encode()) for n in range(start, start + count)]
 
 
-# Every backend.
+def joined(subscription: Subscription) -> Subscription:
+    """It may take a while until a partition is one's own."""
+    until = time.monotonic() + SECONDS
+    while subscription.assigned() != {0}:
+        assert time.monotonic() < until, "no partition came"
+        assert subscription.poll(10, 0.05) == []
+    return subscription
 
 
-def test_a_topic_nobody_wrote_to_is_empty(log: Log) -> None:
-    assert log.span(TOPIC, 0)[:2] == (0, 0)
-    assert log.read(TOPIC, 0, 0, 10) == []
+def polled(subscription: Subscription, count: int, limit: int = 10) -> list[Batch]:
+    """Batches that hold so many records, as far as they come."""
+    until = time.monotonic() + SECONDS
+    batches: list[Batch] = []
+    while sum(len(batch.records) for batch in batches) < count:
+        assert time.monotonic() < until, f"only these came: {batches}"
+        batches += subscription.poll(limit, 0.1)
+    return batches
 
 
-def test_records_come_back_whole_and_in_order(log: Log) -> None:
-    messages = [Message("clé", b"\x00\xff", (("reason", b"\x00"), ("reason", b"twice"))), Message("k", b"")]
-    log.append(TOPIC, messages)
-    log.append(TOPIC, numbered(1))
-    records = log.read(TOPIC, 0, 0, 10)
-    assert [Message(r.key, r.value, r.headers) for r in records] == [*messages, *numbered(1)]
-    assert [(r.topic, r.partition, r.offset) for r in records] == [(TOPIC, 0, 0), (TOPIC, 0, 1), (TOPIC, 0, 2)]
+def records(batches: list[Batch]) -> list[Record]:
+    return [record for batch in batches for record in batch.records]
 
 
-def test_reading_goes_on_where_it_stopped(log: Log) -> None:
-    log.append(TOPIC, numbered(25))
+# Every log.
+
+
+def test_a_topic_nobody_wrote_to_is_empty(log: Log, topic: str) -> None:
+    assert log.span(topic, 0)[:2] == (0, 0)
+    assert log.read(topic, 0, 0, 10) == []
+    assert log.partitions(topic) == 1
+
+
+def test_records_come_back_whole_and_in_order(log: Log, topic: str) -> None:
+    messages = [
+        Message("clé", b"\x00\xff", (("reason", b"\x00"), ("reason", b"twice"), ("none", b""))),
+        Message("k", b""),
+        Message("", b"for the partition itself", partition=0),
+    ]
+    assert log.append(topic, messages) == [0, 1, 2]
+    assert log.append(topic, numbered(1)) == [3]
+    found = log.read(topic, 0, 0, 10)
+    assert [Message(r.key, r.value, r.headers, m.partition) for r, m in zip(found, messages, strict=False)] == messages
+    assert [(r.topic, r.partition, r.offset) for r in found] == [(topic, 0, n) for n in range(4)]
+
+
+def test_reading_goes_on_where_it_stopped(log: Log, topic: str) -> None:
+    log.append(topic, numbered(25))
     seen, at = [], 0
-    while records := log.read(TOPIC, 0, at, 10):
-        seen += records
-        at = records[-1].offset + 1
+    while found := log.read(topic, 0, at, 10):
+        assert len(found) <= 10
+        seen += found
+        at = found[-1].offset + 1
     assert [r.value for r in seen] == [m.value for m in numbered(25)]
-    log.append(TOPIC, numbered(1, start=25))
-    assert [r.value for r in log.read(TOPIC, 0, at, 10)] == [b"value 25"]
+    log.append(topic, numbered(1, start=25))
+    assert [r.value for r in log.read(topic, 0, at, 10)] == [b"value 25"]
+    assert [r.value for r in log.read(topic, 0, 7, 2)] == [b"value 7", b"value 8"]
 
 
-def test_topics_are_apart(log: Log) -> None:
-    log.append(TOPIC, numbered(2))
-    log.append("other", numbered(3))
-    assert (log.span(TOPIC, 0).end, log.span("other", 0).end) == (2, 3)
-    assert log.span(TOPIC, 0).topic_id != log.span("other", 0).topic_id
+def test_every_append_is_counted_whatever_its_size(log: Log, topic: str) -> None:
+    end = 0
+    for size in (1, 5, 1, 100, 3):
+        assert log.append(topic, numbered(size, end)) == list(range(end, end + size))
+        end += size
+        assert log.span(topic, 0)[:2] == (0, end)
 
 
-def test_appending_nothing_is_nothing(log: Log) -> None:
-    log.append(TOPIC, [])
-    assert log.span(TOPIC, 0).end == 0
+def test_topics_are_apart(log: Log, topic: str, backend: Backend) -> None:
+    other = backend.make_topic()
+    log.append(topic, numbered(2))
+    log.append(other, numbered(3))
+    one, two = log.span(topic, 0), log.span(other, 0)
+    assert (one.end, two.end) == (2, 3)
+    # A broker that gives topics no id is told by its giving none at all.
+    assert one.topic_id != two.topic_id or one.topic_id == two.topic_id == ""
+    assert log.span(topic, 0).topic_id == one.topic_id
+
+
+def test_appending_nothing_is_nothing(log: Log, topic: str) -> None:
+    assert log.append(topic, []) == []
+    assert log.span(topic, 0).end == 0
 
 
 @pytest.mark.parametrize("offset", [-1, 4, 1000])
-def test_an_offset_outside_the_log_is_a_loud_stop(log: Log, offset: int) -> None:
-    log.append(TOPIC, numbered(3))
+def test_an_offset_outside_the_log_is_a_loud_stop(log: Log, topic: str, offset: int) -> None:
+    log.append(topic, numbered(3))
     with pytest.raises(LogError, match="outside the log") as caught:
-        log.read(TOPIC, 0, offset, 10)
+        log.read(topic, 0, offset, 10)
     assert caught.value.cure and not caught.value.retry
+
+
+def test_a_partition_that_is_not_there_is_told(log: Log, topic: str) -> None:
+    with pytest.raises(LogError, match="no partition 1"):
+        log.read(topic, 1, 0, 1)
+
+
+def test_what_is_closed_says_so(backend: Backend, topic: str) -> None:
+    log = open_log(backend.url)
+    log.append(topic, numbered(1))
+    log.close()
+    with pytest.raises(LogError, match="is closed"):
+        log.append(topic, numbered(1))
+
+
+# Every subscription.
+
+
+def test_a_partition_is_at_rest_until_it_is_sought(log: Log, topic: str, subscription: Subscription) -> None:
+    log.append(topic, numbered(3))
+    joined(subscription)
+    assert subscription.poll(10, 0.3) == []
+    subscription.seek(0, 1)
+    assert [r.value for r in records(polled(subscription, 2))] == [b"value 1", b"value 2"]
+    subscription.rest(0)
+    log.append(topic, numbered(1, start=3))
+    assert subscription.poll(10, 0.3) == []
+    assert subscription.assigned() == {0}
+    subscription.seek(0, 0)
+    assert [r.value for r in records(polled(subscription, 4))] == [m.value for m in numbered(4)]
+
+
+def test_a_poll_gives_consecutive_records_up_to_its_limit(log: Log, topic: str, subscription: Subscription) -> None:
+    log.append(topic, numbered(95))
+    joined(subscription).seek(0, 0)
+    batches = polled(subscription, 95)
+    assert [r.offset for r in records(batches)] == list(range(95))
+    assert all(0 < len(batch.records) <= 10 and batch.partition == 0 for batch in batches)
+    assert {batch.end for batch in batches} == {95}
+    assert subscription.poll(10, 0.1) == []
+
+
+def test_what_comes_later_is_given_out_with_all_that_it_holds(log: Log, topic: str, subscription: Subscription) -> None:
+    message = Message("clé", b"\x00\xff", (("reason", b"\x00"), ("none", b"")))
+    joined(subscription).seek(0, 0)
+    assert subscription.poll(10, 0.1) == []
+    log.append(topic, [message])
+    (record,) = records(polled(subscription, 1))
+    assert record == Record(topic, 0, 0, message.key, message.value, message.headers)
+
+
+def test_a_position_outside_the_log_is_a_loud_stop(log: Log, topic: str, subscription: Subscription) -> None:
+    log.append(topic, numbered(3))
+    joined(subscription).seek(0, 1000)
+    until = time.monotonic() + SECONDS
+    with pytest.raises(LogError, match="outside the log") as caught:
+        while time.monotonic() < until:
+            assert subscription.poll(10, 0.1) == []
+    assert caught.value.cure and not caught.value.retry
+
+
+def test_the_end_of_the_log_is_inside_it(log: Log, topic: str, subscription: Subscription) -> None:
+    log.append(topic, numbered(3))
+    joined(subscription).seek(0, 3)
+    for _ in range(30):
+        assert subscription.poll(10, 0.1) == []
+    log.append(topic, numbered(1, start=3))
+    assert [r.value for r in records(polled(subscription, 1))] == [b"value 3"]
 
 
 # The embedded log.
@@ -285,11 +425,6 @@ def test_a_path_that_is_a_directory_is_told(tmp_path: Path) -> None:
         EmbeddedLog(tmp_path)
 
 
-def test_it_has_one_partition(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match="no partition 1"):
-        EmbeddedLog(tmp_path / "log.db").read(TOPIC, 1, 0, 1)
-
-
 def test_a_url_opens_it_whatever_its_path_is_called(tmp_path: Path) -> None:
     path = tmp_path / "a b#c%20d?e" / "log.db"
     log = open_log(sqlite_url(path))
@@ -297,7 +432,10 @@ def test_a_url_opens_it_whatever_its_path_is_called(tmp_path: Path) -> None:
     assert path.exists()
 
 
-@pytest.mark.parametrize("url", ["kafka-typo://x", "log.db", "sqlite://", "sqlite://host/log.db", "sqlite:log.db"])
+@pytest.mark.parametrize(
+    "url",
+    ["kafka-typo://x", "log.db", "sqlite://", "sqlite://host/log.db", "sqlite:log.db"],
+)
 def test_a_url_that_names_no_backend_is_refused_with_an_example(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         open_log(url)
