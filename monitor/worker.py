@@ -43,6 +43,7 @@ Recorded: TypeAlias = Callable[[int, int], DetectorConfig | None]
 
 CACHED_CONVERSATIONS = 100_000
 IDLE_SECONDS = 0.05
+LOOK_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.1
 LONGEST_BACKOFF_SECONDS = 10.0
 
@@ -77,7 +78,7 @@ class Worker:
         on_step: told of every committed response in log order. After a crash between commit and telling it is not told
             again, so it serves live displays, not alerts. What it raises is logged and counted.
         fold: the pure fold.
-        clock: monotonic seconds, for the batch histogram only.
+        clock: monotonic seconds.
         wall_clock: seconds since 1970; it bounds how far in event time a partition may claim to be.
 
     Attributes:
@@ -116,6 +117,7 @@ class Worker:
         self._shares: dict[int, _Share] = {}
         self._assigned: frozenset[int] = frozenset()
         self._partitions = 1
+        self._look_next = clock() + LOOK_SECONDS
 
     def run_once(self, timeout: float = 0.0) -> int:
         """Take what one poll gives, fold it, commit it. Returns how many records that were.
@@ -205,6 +207,17 @@ class Worker:
                 continue
             self._subscription.seek(partition, offset)
             self._shares[partition] = share
+        if self._clock() >= self._look_next:
+            self._look_next = self._clock() + LOOK_SECONDS
+            self._look()
+
+    def _look(self) -> None:
+        """See whether the store still stands where it did. Who has nothing to commit would never learn that it was
+        wiped, and would leave it empty until the next response comes."""
+        for partition, share in list(self._shares.items()):
+            if self._store.position(self.topic, partition) != share.expected:
+                _log.warning("the store has moved without this worker", topic=self.topic, partition=partition)
+                self._drop(partition)
 
     def _open(self, partition: int) -> tuple[_Share, int]:
         """Learn where to go on. An empty commit asks the store whether this is the log it was folded from, before
