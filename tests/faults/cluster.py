@@ -53,6 +53,9 @@ class Process:
         assert self._popen is not None, f"{self.name} was never started"
         return self._popen.poll()
 
+    def started(self) -> bool:
+        return self._popen is not None
+
     def running(self) -> bool:
         return self._popen is not None and self._popen.poll() is None
 
@@ -195,6 +198,7 @@ class Cluster:
             "LOG_URL": log_url,
             "STORE_URL": store_url,
             "LOG_FORMAT": "json",
+            **({"KAFKA_PARTITIONS": str(partitions), "KAFKA_REPLICATION": "1"} if broker else {}),
             **{name: value for name, value in more.items() if broker or not name.startswith("KAFKA_")},
         }
         self.environment = {
@@ -301,6 +305,7 @@ class Cluster:
         """Wait until so many more records have been folded than now."""
 
         def folded() -> int:
+            self.all_well()
             with self.opened() as (_, store):
                 return sum(store.counts().values())
 
@@ -311,10 +316,7 @@ class Cluster:
         """Wait until everything in the log is in the store, and everything there is told to those who must know."""
 
         def at_rest() -> bool:
-            for process in self.processes.values():
-                if process.running() or process.name not in self.lasting:
-                    continue
-                raise AssertionError(f"{process.name} ended with {process.code}:\n{process.tail()}")
+            self.all_well()
             try:
                 return self.behind() == 0 and ("dispatcher" not in self.processes or self.told())
             except AnchorwatchError as error:
@@ -324,15 +326,17 @@ class Cluster:
 
         wait_for(at_rest, seconds, self.tails)
 
+    def all_well(self) -> None:
+        """AssertionError where a process that should last has ended, and was not killed."""
+        for process in self.processes.values():
+            lasts = process.name.startswith("worker") or process.name == "dispatcher"
+            if lasts and process.started() and process.code not in (None, 0, -signal.SIGKILL):
+                raise AssertionError(f"{process.name} ended with {process.code}:\n{process.tail()}")
+
     def told(self) -> bool:
         """Whether nothing waits in the outbox."""
         with self.opened() as (_, store):
             return not store.pending(1)
-
-    @property
-    def lasting(self) -> set[str]:
-        """Those that do not end by themselves."""
-        return {name for name in self.processes if name.startswith("worker") or name == "dispatcher"}
 
     def dead_letter_reasons(self) -> set[str]:
         with self.opened() as (log, _):
@@ -340,7 +344,7 @@ class Cluster:
         return {dict(letter.headers)["reason"].decode() for letter in letters}
 
     def tails(self) -> str:
-        return "\n".join(f"--- {p.name} ({p.code}):\n{p.tail(1500)}" for p in self.processes.values() if p._popen)
+        return "\n".join(f"--- {p.name} ({p.code}):\n{p.tail(1500)}" for p in self.processes.values() if p.started())
 
     def examine(self, *, believed: bool = True, **more: Any) -> Report:
         """The history checker over all of it; `believed` says whether what the journals claim is compared, too."""
