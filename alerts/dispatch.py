@@ -60,6 +60,7 @@ __all__ = ["Channel", "Dispatcher", "DispatcherStore", "run"]
 LEASE = "dispatch"
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 5.0
+ASK_SECONDS = 1.0  # between tries while another one has the lease
 IDLE_SECONDS = 0.1
 BATCH = 100  # findings in one delivery
 MOST = 20_000  # findings looked at in one round
@@ -108,6 +109,7 @@ class Dispatcher:
         topic: the findings' own.
         holder: a name that no other process has.
         clock: unix seconds.
+        ticks: monotonic seconds.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Dispatcher:
         topic: str = PROJECTIONS,
         holder: str | None = None,
         clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
         self._store = store
@@ -128,14 +131,16 @@ class Dispatcher:
         self._topic = topic
         self._holder = holder or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._clock = clock
+        self._ticks = ticks
         self._fold = ActionsFold(log, store)
-        self._leased_until = float("-inf")
+        self._mine = False
+        self._lease_next = float("-inf")
         self._partitions = 0
         self._waiting = 0
         self._delivered: dict[str, Pending] = {}  # taken by the channel, not noted yet, so not settled
         self._notes: dict[str, _Note] = {}
         self._log_failures = 0
-        self._tidy_next = clock() + TIDY_SECONDS
+        self._tidy_next = ticks() + TIDY_SECONDS
 
     def run(
         self,
@@ -158,7 +163,7 @@ class Dispatcher:
                 done = self.run_once(stop)
             except (StoreUnavailable, ChannelUnavailable) as error:
                 failures += 1
-                self._leased_until = float("-inf")
+                self._lease_next = float("-inf")
                 _say_sometimes("waiting", error, failures)
                 longest = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10))
                 stop.wait(longest * (0.5 + 0.5 * jitter()))
@@ -205,10 +210,10 @@ class Dispatcher:
         return settled + len(kept)
 
     def _lease(self) -> bool:
-        if self._clock() >= self._leased_until:
-            mine = self._store.lease(LEASE, self._holder, LEASE_SECONDS)
-            self._leased_until = self._clock() + RENEW_SECONDS if mine else float("-inf")
-        return self._leased_until > float("-inf")
+        if self._ticks() >= self._lease_next:
+            self._mine = self._store.lease(LEASE, self._holder, LEASE_SECONDS)
+            self._lease_next = self._ticks() + (RENEW_SECONDS if self._mine else ASK_SECONDS)
+        return self._mine
 
     def _look(self) -> list[Pending]:
         # Those that wait stay at the head of the queue: look beyond them, or they would hold up the others.
@@ -319,8 +324,8 @@ class Dispatcher:
         return len(old)
 
     def _tidy_at_times(self) -> None:
-        if self._clock() >= self._tidy_next and self._leased_until > float("-inf"):
-            self._tidy_next = self._clock() + TIDY_SECONDS
+        if self._mine and self._ticks() >= self._tidy_next:
+            self._tidy_next = self._ticks() + TIDY_SECONDS
             try:
                 self.tidy()
             except (LogError, StoreUnavailable) as error:

@@ -438,8 +438,8 @@ def _partitions(log: Log, store: Backend, patience: float, wait: Callable[[float
 
 def _poisoned(log: Log, partition: int, offset: int) -> bool:
     """Whether so many of the last 200 records before an offset are dead letters that a worker pauses."""
-    recent = newest_letters(log, 2 * POISON_WINDOW, wanted=lambda one: one.partition == partition)
-    dead = {one.offset for one in recent if one.topic == PROJECTIONS and offset - POISON_WINDOW <= one.offset < offset}
+    letters = [one for one in newest_letters(log, LOOKED_AT) if (one.topic, one.partition) == (PROJECTIONS, partition)]
+    dead = {one.offset for one in letters if offset - POISON_WINDOW <= one.offset < offset}
     begin = log.span(PROJECTIONS, partition).begin
     return len(dead) > POISON_SHARE * max(1, min(POISON_WINDOW, offset - begin))
 

@@ -218,6 +218,10 @@ def test_however_it_is_cut_and_compacted_the_store_holds_the_newest(
         fold.run_once()
         assert {key: body_of(key, value) for key, value in store.actions("").items()} == newest
         assert fold.run_once() == 0
+        whole = SqliteStore(folder / "whole.db")
+        assert ActionsFold(Compacted(log), whole).run_once() == len({name for name, _ in writes})
+        assert whole.actions("") == store.actions("")
+        whole.close()
     finally:
         log.close()
         store.close()

@@ -72,7 +72,7 @@ class House:
     def __init__(self, folder: Path, redis: str | None) -> None:
         self.folder = folder
         self.redis = redis
-        self.clock = Clock()
+        self.clock, self.ticks = Clock(), Clock()
         self.log = EmbeddedLog(folder / "log.db")
         self.channel = Kept()
         self.open()
@@ -90,7 +90,9 @@ class House:
     def restart(self) -> None:
         """A new dispatcher, as after a kill; the old one's lease is given back, or the new one would wait for it."""
         self.store.release(LEASE, "one")
-        self.dispatcher = Dispatcher(self.log, self.store, self.channel, max_age=HOUR, holder="one", clock=self.clock)
+        self.dispatcher = Dispatcher(
+            self.log, self.store, self.channel, max_age=HOUR, holder="one", clock=self.clock, ticks=self.ticks
+        )
 
     def wipe(self) -> None:
         self.store.close()
@@ -347,8 +349,20 @@ def test_only_who_has_the_lease_tells(house: House) -> None:
     house.work()
     assert house.dispatcher.run_once() == 0 and house.channel.lines == []
     house.store.release(LEASE, "another")
+    assert house.dispatcher.run_once() == 0  # it asks once a second only
+    house.ticks.now += 1.1
     house.dispatcher.run_once()
     assert len(house.channel.lines) == 1
+
+
+def test_who_lost_the_lease_stops_telling(house: House) -> None:
+    house.dispatcher.run_once()
+    house.store.release(LEASE, "one")
+    assert house.store.lease(LEASE, "another", 600.0)
+    house.ticks.now += 6
+    house.say("c", LOW)
+    house.work()
+    assert house.dispatcher.run_once() == 0 and house.channel.lines == []
 
 
 def test_run_waits_while_the_store_is_away_and_goes_on(house: House) -> None:

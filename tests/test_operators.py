@@ -19,7 +19,7 @@ from service import CONFIG, POISON, message, projection
 from typer.testing import CliRunner
 
 from monitor import telemetry
-from monitor.actions import ActionsFold, Silence, body_of, read_actions
+from monitor.actions import ActionsFold, Silence, append_action, body_of, read_actions
 from monitor.backtest import read_verdicts
 from monitor.database import sqlite_url
 from monitor.deadletters import plain
@@ -184,8 +184,10 @@ def test_a_silence_is_added_listed_and_ended(here: Installation) -> None:
     assert listed[name]["deployment"] == "shop" and listed[name]["by"] == "ann"
     body = body_of(f"silence/{name}", here.store.actions("silence/")[f"silence/{name}"])
     assert isinstance(body, Silence) and body.kind is None
+    append_action(here.log, "silence", "over", Silence("2026-01-01T00:00:00Z"), by="ann")
+    assert list(here.says("silence", "list")) == [name]
     assert here.anchorwatch("silence", "end", name).exit_code == 0
-    assert here.says("silence", "list") == {} and not here.store.actions("silence/")
+    assert here.says("silence", "list") == {} and list(here.store.actions("silence/")) == ["silence/over"]
     assert "no silence" in here.refuses("silence", "end", name)
 
 
