@@ -139,8 +139,7 @@ class FleetReader:
     def _watermark(self, watermarks: Mapping[int, float]) -> float:
         """How far the topic has come: where its last lagging partition stands, or else the furthest one."""
         now, standing, lagging = self._timer(), {}, {}
-        partitions = range(self._log.partitions(self._topic))
-        for partition in partitions:
+        for partition in range(self._log.partitions(self._topic)):
             position = self._store.position(self._topic, partition)
             span = self._log.span(self._topic, partition)
             offset = position.offset if position else span.begin
@@ -150,9 +149,11 @@ class FleetReader:
                 standing[partition] = before if before and before[0] == offset else (offset, now)
         self._standing = standing
         stuck = frozenset(partition for partition, (_, since) in standing.items() if now - since >= self._patience)
-        if len(stuck) == len(partitions):
-            return -math.inf  # nobody moves at all: whoever comes back first goes on
-        if stuck - self._given_up:
+        awaited = [mark for partition, mark in lagging.items() if partition not in stuck]
+        others = [mark for partition, mark in watermarks.items() if partition not in stuck]
+        # Where nobody moves at all, nobody is left to go by: whoever comes back first goes on.
+        mark = min(awaited) if awaited else max(others, default=-math.inf)
+        if stuck - self._given_up and mark > -math.inf:
             _log.warning(
                 "the fleet's minutes are closed without partitions that lag and do not move",
                 topic=self._topic,
@@ -161,9 +162,7 @@ class FleetReader:
                 cure="see why they are not read: `anchorwatch doctor`. What they hold will be counted as late",
             )
         self._given_up = stuck
-        awaited = [mark for partition, mark in lagging.items() if partition not in stuck]
-        others = [mark for partition, mark in watermarks.items() if partition not in stuck]
-        return min(awaited) if awaited else max(others, default=-math.inf)
+        return mark
 
     def _restarts(self) -> list[int]:
         """The minutes in which calibrations were activated, in order, by the clocks of those who did it."""
