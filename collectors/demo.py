@@ -28,6 +28,7 @@ from collectors.overhead import measure_overhead
 from collectors.publish import open_publisher
 from collectors.traffic import DRIFTING, HEALTHY, Reply, Script, load_scripts, play
 from collectors.watch import watch
+from monitor import connect
 from monitor.axis.bundle import load_bundle, resolve_bundle
 from monitor.database import sqlite_url
 from monitor.detect.configure import detector_config
@@ -35,14 +36,13 @@ from monitor.detect.conversation import Step
 from monitor.errors import ConfigurationError
 from monitor.events import Finding, Projection
 from monitor.settings import load_settings
-from monitor.store import open_store
 from monitor.stream import open_log, open_subscription, open_topics
 from monitor.stream.log import PROJECTIONS
 from monitor.stream.options import KafkaOptions
 from monitor.stream.topics import TopicSpec
 from monitor.worker import Worker
 
-__all__ = ["Demo", "run_demo", "sparkline", "spread"]
+__all__ = ["Demo", "publish_demo", "run_demo", "sparkline", "spread"]
 
 # What the paper expects of each kind (arXiv 2601.10387, "persona drift in conversations").
 MEANING = {
@@ -248,7 +248,8 @@ def run_demo(
         log_url = log_url or sqlite_url(folder / "log.db")
         topic = _own_topic(log_url, kafka)
         log = open_log(log_url, kafka)
-        store = open_store(store_url or sqlite_url(folder / "store.db"))
+        settings = load_settings()
+        store = connect.store(settings.model_copy(update={"store_url": store_url or sqlite_url(folder / "store.db")}))
         subscription = open_subscription(log_url, log, topic, f"anchorwatch-demo{run}", kafka)
         stop = threading.Event()
 
@@ -272,7 +273,7 @@ def run_demo(
             started = time.monotonic()
             try:
                 with (
-                    open_publisher(log, load_settings(), topic) as publisher,
+                    open_publisher(log, settings, topic) as publisher,
                     watch(loaded.model, loaded.tokenizer, axis, publisher) as watched,
                 ):
                     play(loaded, watched, talks, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=on_reply)
@@ -306,6 +307,55 @@ def run_demo(
         )
     show_summary(summary, demo, console)
     return summary
+
+
+def publish_demo(
+    *,
+    model: str = "smollm2",
+    bundle: str | Path = "smollm2",
+    conversations: int | None = None,
+    tokens: int = 48,
+    seed: int = 0,
+    batch_size: int = 32,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Be one of an installation's collectors: the same conversations, published to the log that the settings name, for
+    workers elsewhere to judge. Returns counts. The arguments are `run_demo`'s.
+
+    Raises:
+        ModelError, BundleError, ConfigurationError, LogError: with the cure.
+    """
+    console = console or Console(stderr=True)
+    settings = load_settings()
+    scripts = spread(load_scripts("demo"), conversations)
+    loaded = load_model(model, say=console.print)
+    axis = load_bundle(resolve_bundle(bundle))
+    run = f"@{uuid.uuid4().hex[:6]}"
+    talks = [(script.id + run, script) for script in scripts]
+    replies: list[Reply] = []
+    log = connect.log(settings)
+    started = time.monotonic()
+    try:
+        with (
+            open_publisher(log, settings) as publisher,
+            watch(loaded.model, loaded.tokenizer, axis, publisher, deployment=settings.deployment) as watched,
+        ):
+            console.print(
+                f"{len(scripts)} conversations with {loaded.facts.name}, published as {run} …", highlight=False
+            )
+            play(loaded, watched, talks, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=replies.append)
+            written = publisher.flush(60.0)
+    finally:
+        log.close()
+    return {
+        "conversations": len(scripts),
+        "responses": len(replies),
+        "unscored": watched.unscored,
+        "dropped": publisher.dropped,
+        "written": written,
+        "run": run,
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def _own_topic(log_url: str, kafka: KafkaOptions | None) -> str:

@@ -111,14 +111,26 @@ def demo(
     ] = None,
     kafka: Annotated[str | None, typer.Option(help="host:port of Kafka, as the log. [default: a file]")] = None,
     redis: Annotated[str | None, typer.Option(help="URL of Redis, as the store. [default: a file]")] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Only publish to ANCHORWATCH_LOG_URL, for a worker elsewhere to judge.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a real model hold scripted conversations, and flag those that drift, live.
 
     On Kafka it writes to a topic of its own, anchorwatch.demo.
     """
-    from collectors.demo import run_demo
+    from collectors.demo import publish_demo, run_demo
     from monitor.connect import kafka_options
+
+    if publish:
+        if kafka or redis or data_dir:
+            raise ConfigurationError(
+                "--publish goes to the installation's own log", cure="set ANCHORWATCH_LOG_URL, and give no other place"
+            )
+        counts = publish_demo(model=model, bundle=bundle, conversations=conversations, tokens=tokens, seed=seed)
+        print(json.dumps(counts) if as_json else "\n".join(f"{name:<14} {value}" for name, value in counts.items()))
+        raise typer.Exit(0 if counts["written"] else 1)
 
     result = run_demo(
         model=model,
