@@ -63,7 +63,7 @@ from monitor.api.app import Options, create_app
 from monitor.api.auth import Keys
 from monitor.stream.log import EmbeddedLog
 
-server.HEADER_SECONDS = float(sys.argv[3])
+server.HEADER_SECONDS, server.DRAIN_SECONDS = float(sys.argv[3]), int(sys.argv[4])
 telemetry.configure_logging("debug", "json")
 folder = Path(sys.argv[1])
 log = EmbeddedLog(folder / "log.db", busy_seconds=0.2)
@@ -137,11 +137,13 @@ def ids(of: Sequence[Record]) -> list[str]:
 
 
 @contextmanager
-def serving(folder: Path, header_seconds: float = 10.0, **options: Any) -> Iterator[Running]:
+def serving(folder: Path, header_seconds: float = 10.0, drain_seconds: int = 8, **options: Any) -> Iterator[Running]:
     """The interface with these options and short deadlines."""
     folder.mkdir(exist_ok=True)
     encoded = msgspec.json.encode(Options(**options)).decode()
-    running = Running(folder, [sys.executable, "-c", SERVE, str(folder), encoded, str(header_seconds)])
+    running = Running(
+        folder, [sys.executable, "-c", SERVE, str(folder), encoded, str(header_seconds), str(drain_seconds)]
+    )
     try:
         yield running
     finally:
@@ -657,16 +659,16 @@ def test_while_the_log_is_away_nothing_is_acknowledged_and_afterwards_everything
             refused = post(client, projection("c", 1))
             assert "send all of it again" in problem(refused, 503)["cure"]
             assert int(refused.headers["retry-after"]) >= 1
-            waiting = threading.Thread(target=lambda: post(client, projection("c", 2)))
+            waiting = threading.Thread(target=lambda: post(client, projection("d", 0)))
             waiting.start()
             wait_until(lambda: client.get("/readyz").status_code == 503)
             assert client.get("/healthz").json() == {"status": "ok"}
             waiting.join(20)
             release()
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        assert post(client, projection("c", 1), projection("c", 2)).status_code == 202
-        arrived = ids(server.records())
-        assert list(dict.fromkeys(arrived)) == ["c#0", "c#1", "c#2"]
+        assert post(client, projection("c", 1), projection("d", 0)).status_code == 202
+        # What was not acknowledged may have been written all the same: it is there twice then, under the same id.
+        assert set(ids(server.records())) == {"c#0", "c#1", "d#0"}
 
 
 def test_memory_is_bounded_while_the_log_is_away(tmp_path: Path) -> None:
@@ -725,7 +727,7 @@ def test_what_was_acknowledged_survives_the_servers_end_in_the_middle(tmp_path: 
 
 
 def test_sigterm_ends_it_soon_also_while_the_log_is_away_and_clients_dawdle(tmp_path: Path) -> None:
-    with serving(tmp_path / "s", patience_seconds=60.0) as server, server.client() as client:
+    with serving(tmp_path / "s", drain_seconds=2, patience_seconds=60.0) as server, server.client() as client:
         post(client, projection("c", 0))
         with log_away(server.log_path), connected(server) as (send, _):
             send(head(server, "Content-Length: 1000") + b"[")
@@ -735,7 +737,7 @@ def test_sigterm_ends_it_soon_also_while_the_log_is_away_and_clients_dawdle(tmp_
             time.sleep(0.3)
             begun = time.monotonic()
             assert server.stop() == 0
-            assert time.monotonic() - begun < 25  # eight seconds of grace, five for the log
+            assert time.monotonic() - begun < 25  # two seconds of grace here, five for the log
             asked.join(20)
             assert problem(answers[0], 503)
         assert ids(server.records()) == ["c#0"]
