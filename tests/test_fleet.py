@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from river.drift import ADWIN, PageHinkley
 from servers import fresh
-from service import CONFIG, projection
+from service import CONFIG, message, projection
 from typer.testing import CliRunner
 
 from benchmarks.fleet import RATES, Traffic, delays, false_shifts, minutes, noise, ours, river_defaults
@@ -40,8 +40,9 @@ from monitor.fleet_report import fleet_command
 from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
 from monitor.store.store import ClosedMinutes, Commit, MinuteSums, Outbox, Position, Reader, Store
-from monitor.stream.log import PROJECTIONS, Message, Record, Span
+from monitor.stream.log import PROJECTIONS, EmbeddedLog, Message, Record, Span
 from monitor.sums import minute_sums, watermark
+from monitor.worker import Worker
 
 DAY = 1440
 TODAY = 29_453_760  # the first minute of 2026-01-01, which is also the first of an hour
@@ -828,6 +829,36 @@ def test_a_new_calibration_is_no_shift_and_a_shift_after_it_is_one(make_store: C
     without = Town(make_store(), [line])
     without.fold_rest(0)
     assert len(without.reader.run_once()) == 2
+
+
+def test_a_real_worker_and_a_real_log_come_to_the_same_shift_twice(
+    make_store: Callable[[], Backend], tmp_path: Path
+) -> None:
+    """A bad release after five hours: from projections in a log to a finding in the outbox, and again from the log."""
+    chance = random.Random(16)
+    log = EmbeddedLog(tmp_path / "log.db")
+    messages = []
+    for number in range(3000):
+        at = TODAY * 60 + 12 * number
+        time = datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
+        event = projection(f"c{number // 4}", number % 4, chance.gauss(-0.8 if number >= 1500 else 0.0, 0.5))
+        messages.append(message(replace(event, time=time)))
+    log.append(PROJECTIONS, messages)
+    found: list[list[bytes]] = []
+    for batch in (7, 500):
+        store = make_store()
+        worker = Worker(log, store, CONFIG, batch_size=batch)
+        reader = FleetReader(log, store, clock=lambda: NOW)
+        while worker.run_once():
+            reader.run_once()
+        pending = [one.finding for one in store.pending(10_000) if one.finding.kind == "fleet_shift"]
+        found.append([encode(one) for one in pending])
+        (one,) = pending
+        assert one.axis_id == CONFIG.axis_id and one.severity == "warning"
+        assert 0 < minute_of(one) - TODAY - 300 < 90 and 0.6 < one.value < 1.0
+        assert store.closed().late == {}  # type: ignore[union-attr]
+    assert found[0] == found[1]
+    log.close()
 
 
 # What people see.
