@@ -14,9 +14,8 @@ import msgspec
 import pytest
 import structlog
 import typer
-from click.testing import Result
 from service import CONFIG, POISON, message, projection
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from monitor import telemetry
 from monitor.actions import ActionsFold, Silence, append_action, body_of, read_actions
