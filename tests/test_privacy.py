@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+import servers
 import structlog
 from conftest import tiny_bundle
+from faults.cluster import installation, wait_for
+from faults.history import records
 from prometheus_client import generate_latest
 
 from collectors.publish import QueuePublisher
@@ -16,7 +21,7 @@ from collectors.watch import watch
 from monitor.axis.readout import Readout
 from monitor.detect.baseline import Baseline, Boundaries, DetectorConfig
 from monitor.store.sqlite import SqliteStore
-from monitor.stream.log import EmbeddedLog
+from monitor.stream.log import ACTIONS, DEAD_LETTERS, PROJECTIONS, EmbeddedLog, Message
 from monitor.telemetry import REGISTRY
 from monitor.worker import Worker
 
@@ -80,3 +85,74 @@ def test_a_failing_measurement_logs_no_text(llama: Any, tokenizer: Any, tmp_path
         structlog.reset_defaults()
     assert "RuntimeError" in lines.getvalue()
     assert not any(marker in lines.getvalue() for marker in MARKERS)
+
+
+def everything_in_redis(url: str) -> bytes:
+    """Every key with its value as it is stored, uncompressed."""
+    redis = pytest.importorskip("redis")
+    with redis.Redis.from_url(url) as client:
+        client.config_set("rdbcompression", "no")
+        return b"\n".join(key + b" " + (client.dump(key) or b"") for key in client.keys("*"))
+
+
+def everything_in_topics(log: Any) -> bytes:
+    """Keys, values and headers of all records of all topics."""
+    found = []
+    for topic in (PROJECTIONS, DEAD_LETTERS, ACTIONS):
+        for partition in range(log.partitions(topic)):
+            for record in records(log, topic, partition):
+                found += [record.key.encode(), record.value, *(n.encode() + b"=" + v for n, v in record.headers)]
+    return b"\n".join(found)
+
+
+def test_neither_is_in_kafka_redis_what_is_delivered_log_lines_or_metrics(
+    llama: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    bundle = tiny_bundle(llama, tokenizer)
+    config = DetectorConfig(
+        axis_id=bundle.id,
+        readout=Readout({"assistant_axis": 1.0}),
+        baselines={"tiny": Baseline("tiny", bundle.id, 100.0, 1.0, 100.0, 1.0, 2, 2)},
+        boundaries=Boundaries(1.0, 1.0, 1.0, 1.0),
+    )
+    spoiled = "XQZPOISONXQZ"
+    metrics = servers.free_port()
+    lines = io.StringIO()
+    with installation(tmp_path, config, broker="noida", LOG_LEVEL="debug") as cluster:
+        cluster.worker(METRICS_PORT=str(metrics)).start()
+        cluster.dispatcher().start()
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(lines))
+        try:
+            with cluster.opened() as (log, store), QueuePublisher(log) as publisher:
+                said = [
+                    watched_turn(llama, tokenizer, publisher, bundle, caller=f"{MARKERS[2]}{number}")
+                    for number in range(3)
+                ]
+                assert publisher.flush()
+                # What a broken collector writes must be kept for whoever mends it, but shown to nobody else.
+                poison = f'{{"id": "{spoiled}", "time": "{spoiled}"'.encode()
+                log.append(PROJECTIONS, [Message("somebody", poison)])
+                log.append(PROJECTIONS, [Message(spoiled, poison)])
+                wait_for(lambda: store.counts().get("folded") == 3 and store.counts().get("dead_letter") == 2)
+                cluster.settle()
+                assert cluster.deliveries(), "the responses were so far off that something must have been told"
+                in_topics = everything_in_topics(log)
+        finally:
+            structlog.reset_defaults()
+        assert cluster.redis is not None
+        in_redis = everything_in_redis(servers.redis_url(cluster.redis))
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10) as answer:
+            in_metrics = answer.read() + generate_latest(REGISTRY)
+        cluster.end()
+        on_disk = b"".join(path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file())
+        finding = (cluster.deliveries() or [])[0]
+    for place in (in_topics, in_redis, on_disk):
+        assert finding.id.encode() in place, "the search would find what is there"
+    assert b"anchorwatch_" in in_metrics
+    told = lines.getvalue().encode() + b"".join(process.says().encode() for process in cluster.processes.values())
+    assert b"dead letters" in told
+    assert spoiled.encode() in in_topics
+    for place in (in_redis, in_metrics, told, b"".join(finding.body for finding in cluster.deliveries() or [])):
+        assert spoiled.encode() not in place
+    for marker in (*MARKERS, *{word for text in said for word in text.split() if len(word) >= 6}):
+        assert marker.encode() not in in_topics + in_redis + in_metrics + told + on_disk, marker

@@ -53,22 +53,6 @@ class Outcome(NamedTuple):
         )
 
 
-class Regrouped:
-    """A worker at a broker that never lets go of a dead member: the broker is restarted in good order, too."""
-
-    def __init__(self, worker: Process, broker: servers.Server) -> None:
-        self._worker = worker
-        self._broker = broker
-
-    def kill(self) -> None:
-        self._worker.kill()
-
-    def start(self) -> None:
-        self._broker.stop()
-        self._broker.start()
-        self._worker.start()
-
-
 class Forgetful:
     """A broker that forgets what it acknowledged in its last second before a SIGKILL.
 
@@ -82,38 +66,67 @@ class Forgetful:
         self._seconds = seconds
 
     def kill(self) -> None:
-        for worker in self._workers:
-            worker.freeze()
-        time.sleep(self._seconds)
+        self._freeze()
         self._broker.kill()
+
+    def stop(self) -> None:
+        """In good order; it forgets what it acknowledges while it ends all the same."""
+        self._freeze()
+        self._broker.stop()
 
     def start(self) -> None:
         self._broker.start()
         for worker in self._workers:
             worker.thaw()
 
+    def _freeze(self) -> None:
+        for worker in self._workers:
+            if worker.running():
+                worker.freeze()
+        time.sleep(self._seconds)
+
+
+class Regrouped:
+    """A worker at a broker that never lets go of a dead member: the broker is restarted in good order, too."""
+
+    def __init__(self, worker: Process, others: list[Process], broker: servers.Server) -> None:
+        self._worker = worker
+        self._broker = Forgetful(broker, others)
+
+    def kill(self) -> None:
+        self._worker.kill()
+
+    def start(self) -> None:
+        self._broker.stop()
+        self._broker.start()
+        self._worker.start()
+
 
 def kills(directory: Path, seed: int, *, rounds: int = 20, broker: str | None = "tansu", redis: bool = True) -> Outcome:
     """SIGKILL of a random component at a random moment: worker, collector, dispatcher, Redis, and a durable broker."""
     with installation(directory, CONFIG, broker=broker, redis=redis, **QUICK) as cluster:
         workers = [cluster.worker(number) for number in range(2 if broker else 1)]
-        turns = 20 * rounds
         collectors = [
-            cluster.collector("bow", seed=seed, conversations=16, turns=turns),
-            cluster.collector("stern", seed=seed, conversations=16, turns=turns, skew=3.0, old_duplicates=0.01),
+            cluster.collector("bow", seed=seed, conversations=16, turns=100_000),
+            cluster.collector("stern", seed=seed, conversations=16, turns=100_000, skew=3.0, old_duplicates=0.01),
         ]
         dispatcher = cluster.dispatcher()
         victims: dict[str, Victim] = {process.name: process for process in [*workers, *collectors, dispatcher]}
         if broker == "noida":
             assert cluster.broker is not None
             victims = {p.name: p for p in [*collectors, dispatcher]}
-            victims |= {worker.name: Regrouped(worker, cluster.broker) for worker in workers}
+            victims |= {
+                worker.name: Regrouped(worker, [other for other in workers if other is not worker], cluster.broker)
+                for worker in workers
+            }
             victims["broker"] = Forgetful(cluster.broker, workers)
         if cluster.redis:
             victims["redis"] = cluster.redis
         for process in [*workers, *collectors, dispatcher]:
             process.start()
+        cluster.until_folded(100)
         died = kill_rounds(victims, rounds, seed)
+        cluster.until_folded(100)
         for collector in collectors:
             collector.stop(90.0)
         cluster.settle()
