@@ -54,24 +54,24 @@ class Outcome(NamedTuple):
 
 
 class Forgetful:
-    """A broker that forgets what it acknowledged in its last second before a SIGKILL.
+    """A broker that forgets, when it is killed, what it acknowledged in the seconds before.
 
-    Workers must not have folded any of that, or the store is right and the log wrong: so they are frozen for longer
-    than that second before it dies. Collectors go on, and are lied to.
+    Workers must not have folded any of that, or the store is right and the log wrong. So readers and writers are frozen
+    until it has written down what it has; then the writers go on for a moment, and are lied to.
     """
 
-    def __init__(self, broker: servers.Server, workers: list[Process], seconds: float = 1.5) -> None:
+    def __init__(self, broker: servers.Server, workers: list[Process], writers: list[Process]) -> None:
         self._broker = broker
         self._workers = workers
-        self._seconds = seconds
+        self._writers = writers
 
     def kill(self) -> None:
-        self._freeze()
+        self._write_down()
         self._broker.kill()
 
     def stop(self) -> None:
         """In good order; it forgets what it acknowledges while it ends all the same."""
-        self._freeze()
+        self._write_down()
         self._broker.stop()
 
     def start(self) -> None:
@@ -79,19 +79,22 @@ class Forgetful:
         for worker in self._workers:
             worker.thaw()
 
-    def _freeze(self) -> None:
-        for worker in self._workers:
-            if worker.running():
-                worker.freeze()
-        time.sleep(self._seconds)
+    def _write_down(self) -> None:
+        for process in [*self._workers, *self._writers]:
+            if process.running():
+                process.freeze()
+        time.sleep(2.5)
+        for writer in self._writers:
+            writer.thaw()
+        time.sleep(0.3)
 
 
 class Regrouped:
     """A worker at a broker that never lets go of a dead member: the broker is restarted in good order, too."""
 
-    def __init__(self, worker: Process, others: list[Process], broker: servers.Server) -> None:
+    def __init__(self, worker: Process, broker: Forgetful) -> None:
         self._worker = worker
-        self._broker = Forgetful(broker, others)
+        self._broker = broker
 
     def kill(self) -> None:
         self._worker.kill()
@@ -115,11 +118,11 @@ def kills(directory: Path, seed: int, *, rounds: int = 20, broker: str | None = 
         if broker == "noida":
             assert cluster.broker is not None
             victims = {p.name: p for p in [*collectors, dispatcher]}
-            victims |= {
-                worker.name: Regrouped(worker, [other for other in workers if other is not worker], cluster.broker)
-                for worker in workers
-            }
-            victims["broker"] = Forgetful(cluster.broker, workers)
+            server, writers = cluster.broker, [*collectors, dispatcher]
+            for worker in workers:
+                others = [other for other in workers if other is not worker]
+                victims[worker.name] = Regrouped(worker, Forgetful(server, others, writers))
+            victims["broker"] = Forgetful(server, workers, writers)
         if cluster.redis:
             victims["redis"] = cluster.redis
         for process in [*workers, *collectors, dispatcher]:
@@ -208,7 +211,7 @@ def broker_away(directory: Path, seed: int, *, seconds: float = 10.0, when_full:
         cluster.until_folded(300)
         time.sleep(2.0)
         there = collector.rss_mb()
-        Forgetful(cluster.broker, [worker]).kill()
+        Forgetful(cluster.broker, [worker], [collector]).kill()
         gone = time.monotonic()
         time.sleep(seconds)
         away = collector.rss_mb()
@@ -266,7 +269,7 @@ def full_disk(directory: Path, seed: int, *, megabytes: int = 3) -> Outcome:
         collector.command = ["unshare", "-Urm", "sh", "-c", mount, str(disk), *collector.command]
         collector.start()
         cluster.until_folded(100)
-        Forgetful(cluster.broker, [worker]).kill()
+        Forgetful(cluster.broker, [worker], [collector]).kill()
         wait_for(lambda: "the spool takes no more" in collector.says(), 60.0, cluster.tails)
         time.sleep(1.0)
         assert collector.running(), collector.tail()

@@ -24,7 +24,7 @@ Scenario: TypeAlias = Callable[[Path, int], Outcome]
 
 LONG: dict[str, Scenario] = {
     "kills-tansu": lambda d, s: scenarios.kills(d, s, rounds=20, broker="tansu"),
-    "kills-noida": lambda d, s: scenarios.kills(d, s, rounds=20, broker="noida"),
+    "kills-noida": lambda d, s: scenarios.kills(d, s, rounds=12, broker="noida"),
     "kills-embedded": lambda d, s: scenarios.kills(d, s, rounds=20, broker=None, redis=False),
     "zombie-tansu": lambda d, s: scenarios.zombie(d, s, freezes=5),
     "zombie-embedded": lambda d, s: scenarios.zombie(d, s, freezes=5, broker=None, redis=False),
