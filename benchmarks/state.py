@@ -37,26 +37,28 @@ TOLD = 0.01  # share of conversations with a finding
 
 
 class Bill:
-    """CPU seconds of this process and of Redis, and the wall clock, over some responses."""
+    """CPU seconds of this process and of Redis, the wall clock, and bytes to and from Redis, over some responses."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
         self.responses = 0
-        self.here = self.there = self.wall = 0.0
+        self.here = self.there = self.wall = self.wire = 0.0
 
     def __enter__(self) -> Bill:
         self._began = self._now()
         return self
 
     def __exit__(self, *_: object) -> None:
-        here, there, wall = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        here, there, wall, wire = (now - then for now, then in zip(self._now(), self._began, strict=True))
         self.here += here
         self.there += there
         self.wall += wall
+        self.wire += wire
 
-    def _now(self) -> tuple[float, float, float]:
-        cpu = self._server.info("cpu")
-        return time.process_time(), cpu["used_cpu_user"] + cpu["used_cpu_sys"], time.perf_counter()
+    def _now(self) -> tuple[float, float, float, float]:
+        cpu, net = self._server.info("cpu"), self._server.info("stats")
+        wire = net["total_net_input_bytes"] + net["total_net_output_bytes"]
+        return time.process_time(), cpu["used_cpu_user"] + cpu["used_cpu_sys"], time.perf_counter(), wire
 
     def microseconds(self) -> dict[str, float]:
         """Per response."""
@@ -65,6 +67,10 @@ class Bill:
             "redis_cpu": round(self.there / self.responses * 1e6, 2),
             "wall": round(self.wall / self.responses * 1e6, 2),
         }
+
+    def bytes(self) -> float:
+        """Per response, to and from Redis."""
+        return round(self.wire / self.responses, 1)
 
 
 def run(conversations: int = 100_000, *, turns: int = 8, partitions: int = 16) -> dict[str, Any]:
@@ -94,6 +100,7 @@ def run(conversations: int = 100_000, *, turns: int = 8, partitions: int = 16) -
                 "state_bytes": round(state_bytes / conversations, 1),
                 "commit_microseconds": commits.microseconds(),
                 "load_microseconds": loads.microseconds(),
+                "wire_bytes": {"commit": commits.bytes(), "load": loads.bytes()},
                 "redis": server.info("server")["redis_version"],
             }
         finally:
