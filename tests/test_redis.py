@@ -293,6 +293,7 @@ def test_a_user_with_no_more_rights_than_documented_can_do_all(own_redis: Server
     assert store.lease("house", "one", 10)
     store.fold_actions("t", 0, 1, {"a": b"1"})
     store.expire(0.0)
+    assert abs(store.now() - time.time()) < 60
     assert store.forget("a")
     server.execute_command("ACL", "SETUSER", "watch", "-@write")
     with pytest.raises(StoreError, match="forbids a command") as caught:
@@ -657,6 +658,7 @@ def test_on_a_cluster_partitions_spread_and_all_is_found(cluster: list[Server], 
     assert store.lease("house", "one", 10) and not store.lease("house", "two", 10)
     store.fold_actions("t", 0, 1, {"a": b"1"})
     assert store.actions("") == {"a": b"1"}
+    assert abs(store.now() - time.time()) < 60
     assert store.forget("c5") and store.session("c5") is None
     assert store.expire(0.0) == 0
     with pytest.raises(CommitRefused):

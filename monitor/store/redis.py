@@ -19,7 +19,6 @@ from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-import structlog
 from redis import Redis, RedisCluster, Sentinel
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
@@ -104,7 +103,6 @@ _NOT_ALLOWED = "The user executing the script can't"
 _label = msgspec.json.Decoder(tuple[str, str, str])
 _closed = msgspec.json.Decoder(ClosedMinutes)
 _encode = msgspec.json.Encoder().encode
-_log = structlog.get_logger("anchorwatch.store")
 
 
 class _Script:
@@ -192,10 +190,9 @@ class RedisStore:
         self._shut = False
         self._listed: dict[tuple[str, int], tuple[_Listed, float]] = {}
         try:
-            for advice in self.advice():
-                _log.warning("the store may lose more than it must", advice=advice)
-        except StoreUnavailable as error:
-            _log.warning("the store does not answer yet", problem=error.problem, cure=error.cure)
+            self._look()
+        except StoreUnavailable:
+            pass  # whoever uses it will be told, and it is looked at then
         except BaseException:
             self.close()
             raise
@@ -510,7 +507,7 @@ class RedisStore:
         Raises:
             StoreError: it will not do; see the constructor.
         """
-        return [line for told in self._look() for line in _advice(told)]
+        return sorted({line for told in self._look() for line in _advice(told)})
 
     def now(self) -> float:
         """The clock of this Redis, or of the cluster's first primary; seconds since 1970."""
@@ -695,20 +692,20 @@ class RedisStore:
 
     def _look(self) -> list[Mapping[str, Any]]:
         """What each primary says of itself, when all of them will do."""
-
-        def ask(client: Any) -> list[Mapping[str, Any]]:
-            if self._address.kind == "cluster":
-                nodes = [client.get_redis_connection(node) for node in client.get_primaries()]
-            else:
-                nodes = [client]
-            return [node.execute_command("INFO") for node in nodes]
-
-        answers = self._explained(ask)
+        answers: list[Mapping[str, Any]] = self._explained(
+            lambda client: [server.execute_command("INFO") for server in self._servers(client)]
+        )
         for told in answers:
             _will_do(told, self._where)
         _same_schema(self._explained(lambda client: client.execute_command("HGET", self._prefix + ":store", "schema")))
         self._sound = True
         return answers
+
+    def _servers(self, client: Any) -> list[Any]:
+        """A client of each primary."""
+        if self._address.kind != "cluster":
+            return [client]
+        return [client.get_redis_connection(node) for node in client.get_primaries()]
 
     def _told(self, error: Exception) -> AnchorwatchError:
         """An error of the client in our words: what may pass, and what a person must change."""
@@ -731,7 +728,7 @@ class RedisStore:
             case ResponseError() if isinstance(error, NoPermissionError) or _NOT_ALLOWED in str(error):
                 return StoreError(
                     f"{where} forbids a command to this user",
-                    cure=f"ACL SETUSER ... ~{self._prefix}:* +@read +@write +@scripting +info (docs/redis.md)",
+                    cure=f"ACL SETUSER ... ~{self._prefix}:* +@read +@write +@scripting +@connection +info",
                 )
             case OutOfMemoryError():
                 return StoreUnavailable(
