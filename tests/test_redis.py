@@ -305,6 +305,7 @@ def test_a_store_of_another_schema_is_refused_and_left_alone(own_redis: Server, 
     store = connect(own_redis)
     Writer(store).commit(*drifting("a"))
     server = client(own_redis)
+    assert server.hget("anchorwatch:{test/0}:position", "schema") == b"2"
     server.hset("anchorwatch:{test/0}:position", "schema", "3")
     before = keys(own_redis)
     with pytest.raises(StoreError, match="schema version 3, this program writes 2"):
