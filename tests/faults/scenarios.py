@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import servers
 from msgspec.structs import replace
 
-from faults.cluster import Process, installation, wait_for
+from faults.cluster import Cluster, Process, installation, wait_for
 from faults.collector import AXIS, read_times
 from faults.history import Report
 from faults.kills import Victim, kill_rounds
@@ -105,8 +105,19 @@ class Regrouped:
         self._worker.start()
 
 
-def kills(directory: Path, seed: int, *, rounds: int = 20, broker: str | None = "tansu", redis: bool = True) -> Outcome:
-    """SIGKILL of a random component at a random moment: worker, collector, dispatcher, Redis, and a durable broker."""
+def kills(
+    directory: Path,
+    seed: int,
+    *,
+    rounds: int = 20,
+    freezes: int = 0,
+    broker: str | None = "tansu",
+    redis: bool = True,
+) -> Outcome:
+    """SIGKILL of a random component at a random moment: worker, collector, dispatcher, Redis, and a durable broker.
+
+    After that workers are frozen, so many times, as in `zombie`.
+    """
     with installation(directory, CONFIG, broker=broker, redis=redis, **QUICK) as cluster:
         workers = [cluster.worker(number) for number in range(2 if broker else 1)]
         collectors = [
@@ -129,6 +140,8 @@ def kills(directory: Path, seed: int, *, rounds: int = 20, broker: str | None = 
             process.start()
         cluster.until_folded(100)
         died = kill_rounds(victims, rounds, seed)
+        for number in range(freezes):
+            outlive(cluster, workers[number % 2])
         cluster.until_folded(100)
         for collector in collectors:
             collector.stop(90.0)
@@ -149,19 +162,22 @@ def zombie(
             process.start()
         cluster.until_folded(100)
         for number in range(freezes):
-            frozen = workers[number % 2]
             time.sleep(chance.uniform(0.1, 0.6))
-            frozen.freeze()
-            before = cluster.ends()
-            # All of the log's partitions move on: the other worker has those of the frozen one, too.
-            wait_for(lambda before=before: cluster.beyond(before), 60.0, cluster.tails)
-            frozen.thaw()
+            outlive(cluster, workers[number % 2])
         collector.stop(90.0)
         cluster.settle()
         report = cluster.examine().insist()
         for worker in workers:
             assert worker.stop() == 0, worker.tail()
     return Outcome(f"zombie/{broker or 'embedded'}", freezes, report)
+
+
+def outlive(cluster: Cluster, worker: Process) -> None:
+    """Freeze a worker until the others have taken over all that it had, and wake it."""
+    worker.freeze()
+    before = cluster.ends()
+    wait_for(lambda: cluster.beyond(before), 60.0, cluster.tails)
+    worker.thaw()
 
 
 def store_away(directory: Path, seed: int, *, seconds: float = 10.0, broker: str = "tansu") -> Outcome:
@@ -200,7 +216,7 @@ def store_away(directory: Path, seed: int, *, seconds: float = 10.0, broker: str
 
 def broker_away(directory: Path, seed: int, *, seconds: float = 10.0, when_full: str = "spool") -> Outcome:
     """The broker is killed and comes back: the collector never waits, its memory is bounded, what it kept is sent."""
-    with installation(directory, CONFIG, broker="noida", **QUICK) as cluster:
+    with installation(directory, CONFIG, broker="noida", **QUICK, KAFKA_APPEND_SECONDS="3") as cluster:
         assert cluster.broker is not None
         worker = cluster.worker().start()
         # With a spool, the queue holds what comes while one append waits for its answer.
@@ -252,7 +268,7 @@ def full_disk(directory: Path, seed: int, *, megabytes: int = 3) -> Outcome:
 
     A file system of that size is mounted for the collector alone.
     """
-    with installation(directory, CONFIG, broker="noida", **QUICK) as cluster:
+    with installation(directory, CONFIG, broker="noida", **QUICK, KAFKA_APPEND_SECONDS="3") as cluster:
         assert cluster.broker is not None
         worker = cluster.worker().start()
         disk = directory / "disk"
@@ -293,7 +309,7 @@ def poison(directory: Path, seed: int, *, turns: int = 30, broker: str | None = 
         kinds = ["poison", "unknown_version", *(["misplaced"] if broker else [])]
         sound = [cluster.collector(name, seed=seed, conversations=30, turns=turns) for name in ("bow", "stern")]
         foreign = [
-            cluster.collector(kind, seed=seed, conversations=3, turns=max(2, turns // 4), pause=0.01, foreign=kind)
+            cluster.collector(kind, seed=seed, conversations=3, turns=max(2, turns // 4), pause=0.02, foreign=kind)
             for kind in kinds
         ]
         worker = cluster.worker()

@@ -39,6 +39,8 @@ LONG: dict[str, Scenario] = {
     "strange-traffic-noida": lambda d, s: scenarios.strange_traffic(d, s, turns=300, broker="noida"),
     "long-tansu": lambda d, s: scenarios.long_and_flooded(d, s, broker="tansu"),
     "long-noida": lambda d, s: scenarios.long_and_flooded(d, s, broker="noida"),
+    "long-embedded": scenarios.long_and_flooded,
+    "calibrations-embedded": lambda d, s: scenarios.calibrations(d, s, changes=6, broker=None),
     "calibrations-tansu": lambda d, s: scenarios.calibrations(d, s, changes=6),
     "swapping-tansu": lambda d, s: scenarios.swapping(d, s, seconds=60.0),
     "grown-topic-noida": scenarios.grown_topic,

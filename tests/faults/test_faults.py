@@ -20,17 +20,14 @@ from faults.soak import summary
 SEED = int(os.environ.get("ANCHORWATCH_TEST_SEED") or random.SystemRandom().randrange(1_000_000))
 
 QUICK: dict[str, Callable[[Path, int], Outcome]] = {
-    "kills-tansu": lambda d, s: scenarios.kills(d, s, rounds=5),
-    "zombie": lambda d, s: scenarios.zombie(d, s, freezes=1),
-    "store-away": lambda d, s: scenarios.store_away(d, s, seconds=2.0),
-    "broker-away": lambda d, s: scenarios.broker_away(d, s, seconds=3.0),
-    "full-disk": scenarios.full_disk,
-    "poison": lambda d, s: scenarios.poison(d, s, turns=12),
-    "all-poison": scenarios.all_poison,
-    "strange-traffic": lambda d, s: scenarios.strange_traffic(d, s, turns=60),
-    "long-and-flooded": lambda d, s: scenarios.long_and_flooded(d, s, turns=3_000),
-    "calibrations": lambda d, s: scenarios.calibrations(d, s, changes=1),
-    "topic-made-anew": scenarios.topic_made_anew,
+    "kills-and-a-zombie-tansu": lambda d, s: scenarios.kills(d, s, rounds=4, freezes=1),
+    "store-away-tansu": lambda d, s: scenarios.store_away(d, s, seconds=1.5),
+    "broker-away-noida": lambda d, s: scenarios.broker_away(d, s, seconds=3.0),
+    "all-poison-tansu": scenarios.all_poison,
+    "poison-embedded": lambda d, s: scenarios.poison(d, s, turns=12, broker=None),
+    "strange-traffic-embedded": lambda d, s: scenarios.strange_traffic(d, s, turns=60),
+    "long-and-flooded-embedded": lambda d, s: scenarios.long_and_flooded(d, s, turns=3_000),
+    "calibrations-embedded": lambda d, s: scenarios.calibrations(d, s, changes=1, broker=None),
 }
 
 

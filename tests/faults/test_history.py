@@ -336,7 +336,7 @@ def test_a_real_history_is_sound(folded: tuple[EmbeddedLog, Path]) -> None:
 @pytest.mark.parametrize(
     ("damage", "lost", "duplicated"),
     [
-        ("DELETE FROM findings WHERE sequence = (SELECT max(sequence) FROM findings)", True, False),
+        ("DELETE FROM findings WHERE id = (SELECT max(id) FROM findings)", True, False),
         ("UPDATE counts SET count = count + 1 WHERE outcome = 'folded'", False, True),
         ("DELETE FROM states WHERE conversation_id = 'c5'", True, False),
         ("UPDATE positions SET offset = offset - 1", True, False),
