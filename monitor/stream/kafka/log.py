@@ -10,17 +10,19 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
-from monitor.errors import LogUnavailable
+from monitor.errors import LogError, LogUnavailable
 from monitor.stream.kafka.admin import KafkaTopics
 from monitor.stream.kafka.client import discard, milliseconds, open_client
-from monitor.stream.kafka.explain import LARGEST_REQUEST_BYTES, closed, explained, outside
+from monitor.stream.kafka.explain import LARGEST_REQUEST_BYTES, closed, explained, no_partition, outside
 from monitor.stream.log import Message, Record, Span
 from monitor.stream.options import KafkaOptions
 
-__all__ = ["FETCH_BYTES", "FETCH_WAIT_SECONDS", "KafkaLog", "records"]
+__all__ = ["FETCH_BYTES", "FETCH_WAIT_SECONDS", "LARGEST_ANSWER_BYTES", "KafkaLog", "records"]
 
 PRODUCE_BATCH_BYTES = 256 * 1024
 FETCH_BYTES = 16 << 20
+# A broker that does not heed FETCH_BYTES sends all that it has; to refuse that would stop the worker for good.
+LARGEST_ANSWER_BYTES = 2**31 - 1
 FETCH_WAIT_SECONDS = 0.1
 
 
@@ -69,6 +71,9 @@ class KafkaLog:
                     for message in messages
                 ]
                 offsets: list[int] = [future.get(timeout=max(0.0, until - self._clock())).offset for future in sent]
+            except ValueError as error:  # the producer finds no partition for one of them
+                self._throw_away(producer)
+                raise self._misplaced(topic, messages) from error
             except BaseException:
                 self._throw_away(producer)
                 raise
@@ -166,6 +171,13 @@ class KafkaLog:
                 )
             return self._producer
 
+    def _misplaced(self, topic: str, messages: Sequence[Message]) -> LogError:
+        partitions = self.partitions(topic)
+        for message in messages:
+            if message.partition is not None and not 0 <= message.partition < partitions:
+                return no_partition(topic, message.partition, partitions)
+        return LogUnavailable(f"the producer has lost sight of {topic}", cure="append again")
+
     def _throw_away(self, producer: KafkaProducer) -> None:
         with self._producing:
             if self._producer is producer:
@@ -185,6 +197,7 @@ class KafkaLog:
                 enable_auto_commit=False,
                 auto_offset_reset="none",
                 fetch_max_bytes=FETCH_BYTES,
+                receive_message_max_bytes=LARGEST_ANSWER_BYTES,
                 fetch_max_wait_ms=milliseconds(FETCH_WAIT_SECONDS),
                 request_timeout_ms=milliseconds(self._options.answer_seconds),
             )

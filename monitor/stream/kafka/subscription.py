@@ -18,7 +18,7 @@ from kafka.structs import OffsetAndMetadata
 from monitor.errors import LogUnavailable
 from monitor.stream.kafka.client import connected, milliseconds, open_client
 from monitor.stream.kafka.explain import explained, made_anew, no_topic, outside
-from monitor.stream.kafka.log import FETCH_BYTES, FETCH_WAIT_SECONDS, records
+from monitor.stream.kafka.log import FETCH_BYTES, FETCH_WAIT_SECONDS, LARGEST_ANSWER_BYTES, records
 from monitor.stream.log import Batch, Span
 from monitor.stream.options import KafkaOptions
 
@@ -170,6 +170,7 @@ class KafkaSubscription:
             heartbeat_interval_ms=milliseconds(options.session_seconds / 4),
             max_poll_interval_ms=milliseconds(POLL_GAP_SECONDS),
             fetch_max_bytes=FETCH_BYTES,
+            receive_message_max_bytes=LARGEST_ANSWER_BYTES,
             fetch_max_wait_ms=milliseconds(FETCH_WAIT_SECONDS),
             request_timeout_ms=milliseconds(options.answer_seconds),
         )
