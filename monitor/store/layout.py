@@ -4,7 +4,8 @@ It knows no server. Everything is little-endian and without padding::
 
     label      number of the conversation's deployment, model and axis; the store gives it
     head       how long all of this up to the points is; then `Session` in fixed fields, and the open episode's id
-    state      the fold's own bytes, opaque here
+    state      the fold's own bytes, opaque here; where deployment and axis occur in it, they are cut out, for the label
+               has them already, and half of a state may be names
     points     `TrajectoryPoint`, 37 bytes each, oldest first
 
 Points are appended and cut by the store without being read. Their numbers are not written: the newest one's is the
@@ -19,7 +20,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final, get_args
 
-from monitor.errors import StoreError
+from monitor.errors import StoreError, StoreUnavailable
 from monitor.events import Kind, Outcome, Severity
 from monitor.store.store import Session, TrajectoryPoint
 
@@ -40,8 +41,9 @@ __all__ = [
 ]
 
 LABEL: Final = struct.Struct("<I")
-# length, flags, words, responses, turn, time, started, projection, z, risk, lowest_z, highest_risk, length of episode
-HEAD: Final = struct.Struct("<IBBIIddfffffB")
+# length, where deployment and axis were cut out of the state, flags, words, responses, turn, time, started, projection,
+# z, risk, lowest_z, highest_risk, length of the episode's id
+HEAD: Final = struct.Struct("<IHHBBIIddfffffB")
 # time, turn, projection, held, z, risk, place, outcome
 POINT: Final = struct.Struct("<dIffffffB")
 READ_AHEAD: Final = LABEL.size + HEAD.size + 255  # all of a session, however long the episode's id is
@@ -51,6 +53,7 @@ TRUNCATED: Final = 2
 TOLD: Final = 4  # there are findings; the store sets it
 
 _FIXED: Final = LABEL.size + HEAD.size
+_NOWHERE: Final = 2**16 - 1
 _NAN: Final = math.nan
 _LARGEST: Final = 3.4028234663852886e38
 _LARGEST_COUNT: Final = 2**32 - 1
@@ -104,8 +107,12 @@ def pack_session(session: Session, state: bytes) -> bytes:
     """A session without its conversation's id and label, and the state behind it."""
     z, risk, lowest, highest = session.z, session.risk, session.lowest_z, session.highest_risk
     episode = b"" if session.episode_id is None else session.episode_id.encode()[:255]
+    deployment_at, state = _cut(state, session.deployment.encode())
+    axis_at, state = _cut(state, session.axis_id.encode())
     fields = (
         _FIXED + len(episode) + len(state),
+        deployment_at,
+        axis_at,
         THERE | TRUNCATED if session.truncated else THERE,
         _OUTCOME[session.outcome] | _KIND[session.kind] | _SEVERITY[session.severity],
         session.responses,
@@ -122,13 +129,13 @@ def pack_session(session: Session, state: bytes) -> bytes:
     try:
         return HEAD.pack(*fields) + episode + state
     except (OverflowError, struct.error):
-        counts = map(_count, fields[3:5])
-        return HEAD.pack(*fields[:3], *counts, *fields[5:7], *map(_single, fields[7:12]), fields[12]) + episode + state
+        counts = map(_count, fields[5:7])
+        return HEAD.pack(*fields[:5], *counts, *fields[7:9], *map(_single, fields[9:14]), fields[14]) + episode + state
 
 
 def pack_state(state: bytes) -> bytes:
     """A state alone: of a conversation that has no session, since only duplicates of it have come."""
-    return HEAD.pack(_FIXED + len(state), *[0] * 12) + state
+    return HEAD.pack(_FIXED + len(state), _NOWHERE, _NOWHERE, *[0] * 12) + state
 
 
 def label_of(value: bytes) -> int:
@@ -140,13 +147,25 @@ def label_of(value: bytes) -> int:
     return number
 
 
-def state_of(value: bytes) -> bytes:
-    """The state in a conversation's bytes; empty when there is none."""
+def state_of(value: bytes, label: tuple[str, str, str] | None) -> bytes:
+    """The state in a conversation's bytes; empty when there is none. `label` is (deployment, model, axis id).
+
+    Raises:
+        StoreUnavailable: there is no such label, though there was one when the bytes were written.
+    """
     try:
-        length, *_, episode = HEAD.unpack_from(value, LABEL.size)
+        length, deployment_at, axis_at, *_, episode = HEAD.unpack_from(value, LABEL.size)
     except struct.error as error:
         raise damaged() from error
-    return value[_FIXED + episode : length]
+    state = value[_FIXED + episode : length]
+    for at, word in ((axis_at, label and label[2]), (deployment_at, label and label[0])):
+        if at != _NOWHERE:
+            if word is None:
+                raise StoreUnavailable(
+                    "the store was emptied while it was read", cure="nothing to do: it is read again"
+                )
+            state = state[:at] + word.encode() + state[at:]
+    return state
 
 
 def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, str]) -> Session | None:
@@ -158,7 +177,7 @@ def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, st
         head = HEAD.unpack_from(value, LABEL.size)
     except struct.error as error:
         raise damaged() from error
-    _, flags, words, responses, turn, time, started, projection, z, risk, lowest, highest, episode = head
+    _, _, _, flags, words, responses, turn, time, started, projection, z, risk, lowest, highest, episode = head
     if not flags & THERE:
         return None
     return Session(
@@ -186,7 +205,7 @@ def unpack_session(conversation_id: str, value: bytes, label: tuple[str, str, st
 def unpack_points(value: bytes) -> list[TrajectoryPoint]:
     """The points in all of a conversation's bytes."""
     try:
-        begin, _, _, responses, *_ = HEAD.unpack_from(value, LABEL.size)
+        begin, _, _, _, _, responses, *_ = HEAD.unpack_from(value, LABEL.size)
     except struct.error as error:
         raise damaged() from error
     count, rest = divmod(len(value) - begin, POINT.size)
@@ -217,6 +236,14 @@ def damaged() -> StoreError:
         cure="something else writes under Anchorwatch's prefix: find it. Then empty the store: it is rebuilt from the "
         "log, as far as the log reaches",
     )
+
+
+def _cut(state: bytes, word: bytes) -> tuple[int, bytes]:
+    """Where a word first occurs in a state, and the state without it."""
+    at = state.find(word)
+    if not 0 <= at < _NOWHERE:
+        return _NOWHERE, state
+    return at, state[:at] + state[at + len(word) :]
 
 
 def _some(value: float) -> float | None:

@@ -92,10 +92,10 @@ for _ = 1, labelled do
     local old = call('GET', key)
     local is_told = told[conversation]
     if old then
-      local old_number, begin, flags, _, responses = unpack_bytes('<I4I4BBI4', old)
+      local old_number, begin, _, flags, _, responses = unpack_bytes('<I4I4I4BBI4', old)
       -- Numbers follow from the count of responses. Points that come once more replace themselves and what follows;
       -- where some are missing in between, the old ones go.
-      local last = unpack_bytes('<I4', head, 7) - #points / POINT
+      local last = unpack_bytes('<I4', head, 11) - #points / POINT
       local ends = #old - (responses - last) * POINT
       if last <= responses and ends > begin then points = sub(old, begin + 1, ends) .. points end
       if old_number ~= number and flags % 2 == THERE then
@@ -106,7 +106,7 @@ for _ = 1, labelled do
     end
     if #points > most then points = sub(points, -most) end
     if is_told then
-      head = sub(head, 1, 4) .. string.char(string.byte(head, 5) + TOLD) .. sub(head, 6)
+      head = sub(head, 1, 8) .. string.char(string.byte(head, 9) + TOLD) .. sub(head, 10)
       call('EXPIRE', tag .. 'f:' .. conversation, ttl)
     end
     call('SETEX', key, ttl, label_bytes .. head .. points)
@@ -123,7 +123,8 @@ for j = k + 1, #KEYS do
   if old then
     local begin, ends = unpack_bytes('<I4', old, 5), FIXED + string.byte(old, FIXED)
     local state = sub(value, FIXED + 1)
-    value = sub(old, 1, 4) .. pack('<I4', ends + #state) .. sub(old, 9, ends) .. state .. sub(old, begin + 1)
+    value = sub(old, 1, 4) .. pack('<I4', ends + #state) .. sub(value, 9, 12) .. sub(old, 13, ends) .. state
+      .. sub(old, begin + 1)
   end
   call('SETEX', key, ttl, value)
 end
@@ -167,7 +168,7 @@ local tag, conversation = ARGV[1], ARGV[2]
 local gone = 0
 local value = redis.call('GETRANGE', KEYS[3], 0, 15)
 if value ~= '' then
-  local label, _, flags = struct.unpack('<I4I4B', value)
+  local label, _, _, flags = struct.unpack('<I4I4I4B', value)
   if flags % 2 == 1 then
     local deployment = cjson.decode(redis.call('HGET', tag .. 'labels', label))[1]
     redis.call('ZREM', tag .. 'r:' .. deployment, conversation)

@@ -215,13 +215,13 @@ class RedisStore:
         """See `Store.load`."""
         if not conversation_ids:
             return {}
-        prefix = self._tag(topic, partition) + "c:"
+        tag = self._tag(topic, partition)
+        prefix = tag + "c:"
         values = self._do("MGET", *[prefix + key for key in conversation_ids])
-        return {
-            key: state
-            for key, value in zip(conversation_ids, values, strict=True)
-            if value is not None and (state := state_of(value))
-        }
+        found = [(key, value) for key, value in zip(conversation_ids, values, strict=True) if value is not None]
+        labels = self._labels([(tag, label_of(value)) for _, value in found])
+        states = [(key, state_of(value, labels.get((tag, label_of(value))))) for key, value in found]
+        return {key: state for key, state in states if state}
 
     def commit(self, batch: Commit) -> None:
         """See `Store.commit`. One script, one round trip; two more at a partition's first one, and once a minute."""
@@ -596,20 +596,7 @@ class RedisStore:
         """Those of them that are there, in this order; the others are swept from their rankings."""
         places = [(one.tag, one.name.decode()) for one in ranked]
         values = self._pipe([("GETRANGE", f"{tag}c:{name}", 0, READ_AHEAD - 1) for tag, name in places])
-        wanted: dict[tuple[str, int], None] = {}
-        for (tag, _), value in zip(places, values, strict=True):
-            if value:
-                wanted[tag, label_of(value)] = None
-        numbers: dict[str, list[int]] = {}
-        for tag, number in wanted:
-            numbers.setdefault(tag, []).append(number)
-        found = self._pipe([("HMGET", tag + "labels", *some) for tag, some in numbers.items()])
-        labels = {
-            (tag, number): _label.decode(label)
-            for (tag, some), texts in zip(numbers.items(), found, strict=True)
-            for number, label in zip(some, texts, strict=True)
-            if label is not None
-        }
+        labels = self._labels([(tag, label_of(value)) for (tag, _), value in zip(places, values, strict=True) if value])
         gone: dict[tuple[str, str], list[bytes]] = {}
         for one, (tag, name), value in zip(ranked, places, values, strict=True):
             if not value:
@@ -622,6 +609,19 @@ class RedisStore:
                 yield session
         for (tag, ranking), names in gone.items():
             self._sweep(tag, ranking, names)
+
+    def _labels(self, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[str, str, str]]:
+        """(tag, number) → (deployment, model, axis id). Asked for each time: in a wiped Redis numbers begin anew."""
+        numbers: dict[str, list[int]] = {}
+        for tag, number in dict.fromkeys(wanted):
+            numbers.setdefault(tag, []).append(number)
+        found = self._pipe([("HMGET", tag + "labels", *some) for tag, some in numbers.items()])
+        return {
+            (tag, number): _label.decode(label)
+            for (tag, some), texts in zip(numbers.items(), found, strict=True)
+            for number, label in zip(some, texts, strict=True)
+            if label is not None
+        }
 
     def _sweep(self, tag: str, ranking: str, names: Sequence[bytes]) -> int:
         """Take those from a ranking whose conversation is gone; looked at again by the server, for one may be back."""
