@@ -6,8 +6,9 @@
 
 Everything is real: the broker, Redis with its append-only file, the worker's own loop. The topic is filled beforehand,
 so that nothing else works meanwhile, with responses of 100,000 conversations as the shipped bundle's collector sends
-them, CloudEvents headers and all; one in a hundred makes a finding. The bare loop is kafka-python's own `poll` with
-the worker's own limits, and the worker's own decoder, and nothing else. Both run in a process of their own, by turns, over the whole topic.
+them, CloudEvents headers and all; one in a hundred makes a finding. The bare loop is kafka-python's own `poll` with the
+worker's own limits, the worker's own decoder, and nothing else. Both run in a process of their own, by turns, over the
+whole topic.
 
 The clock runs from the first record that was polled to the last commit; starting up and joining the group are left out.
 CPU seconds are the worker process's own, without broker and Redis. With `--workers N` the clock runs from the first
