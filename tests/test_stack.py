@@ -310,15 +310,14 @@ def recorded_talks() -> list[Projection]:
 def test_the_demo_runs_on_the_same_servers(stack: Stack) -> None:
     """Its own command, cut short; the volume of converted weights is this user's cache."""
     (demo,) = stack.add("demo")
-    demo.start("--conversations", "1", "--tokens", "4", "--json")
-    assert demo.wait(300) == 0, demo.said()
-    told = json.loads(demo.out.read_text().splitlines()[-1])
-    assert told["responses"] > 0 and told["unscored"] == 0
+    demo.start("--conversations", "1", "--tokens", "4")
     store = stack.store()
     try:
-        assert store.progress("anchorwatch.demo"), "the demo's conversations are not in Redis"
+        eventually(lambda: store.progress("anchorwatch.demo") or not demo.running(), "the demo's first response", 300)
+        assert store.progress("anchorwatch.demo"), demo.said()
     finally:
         store.close()
+        demo.kill()  # what the tap costs, which it measures at its end, is another test's
 
 
 def test_prometheus_reaches_every_process(stack: Stack) -> None:
