@@ -207,6 +207,31 @@ def test_a_watch_forgets_in_the_end_and_still_finds_a_shift_that_it_saw_begin(mo
         assert len(found) == 1 and 0 <= found[0].minute - TODAY - at < 15, at
 
 
+def test_what_only_a_later_beginning_shows_is_told_when_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detectors, "LONGEST", 16)
+    monkeypatch.setattr(detectors, "SHORTEST", 8)
+    sensitivity = replace(TOUCHY, threshold=1.0)
+    values = [-0.5] * 8 + [0.0] * 4 + [-0.8] * 4  # seen whole, the last four are hardly below the mean
+    assert shifts(rows(values[:15]), sensitivity) == []
+    watch: Watch[MinuteSums] = Watch(sensitivity)
+    found = [watch.add(row) for row in rows(values)]
+    assert found[:-1] == [None] * 15
+    assert found[-1] is not None and found[-1].minute == TODAY + 15 and found[-1].since == TODAY + 12
+    assert found[-1].fall == pytest.approx(0.8)
+
+
+def test_a_change_that_was_too_small_is_forgotten_and_not_added_to_the_next() -> None:
+    """By ADWIN, which alone is asked here. Page-Hinkley is there to add them up."""
+    chance = random.Random(7)
+    values = [chance.gauss(level, 0.01) for level in [0.0] * 100 + [-0.19] * 250 + [-0.38] * 120]
+    only_adwin = Sensitivity(threshold=1e9)
+    assert shifts(rows(values, responses=5000), only_adwin) == []
+    assert len(shifts(rows([*values[:100], *values[350:]], responses=5000), only_adwin)) == 1
+    stairs = rows([chance.gauss(-0.1 * (i // 60), 0.01) for i in range(480)], responses=5000)
+    assert shifts(stairs, only_adwin) == []
+    assert [shift.statistic for shift in shifts(stairs, Sensitivity())] == ["page_hinkley"]
+
+
 def test_the_id_of_a_sensitivity_changes_with_every_part_of_it() -> None:
     usual = Sensitivity()
     others = [replace(usual, **{name: 2 * getattr(usual, name)}) for name in Sensitivity.__struct_fields__]

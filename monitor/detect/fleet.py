@@ -151,7 +151,7 @@ class Watch(Generic[M]):
         self._adwin = adwin(
             delta=self._set.confidence, clock=1, min_window_length=self._set.window, grace_period=self._set.grace
         )
-        # river's own `alpha` lets the sums fade but not their extremes, which then drift apart by themselves.
+        # With river's own alpha, 0.9999, the sums fade and their extremes do not: the tolerance would shrink.
         self._page_hinkley = page_hinkley(
             min_instances=self._set.least_blocks,
             delta=self._set.tolerance,
