@@ -20,7 +20,7 @@ from monitor.events import Projection, Windows
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-import servers  # noqa: E402  # the tests' own way to start brokers and Redis
+import servers  # the tests' own way to start brokers and Redis
 
 __all__ = ["Traffic", "servers"]
 

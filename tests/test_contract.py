@@ -1,4 +1,4 @@
-"""What a release has written, every later one reads: events on the wire, states in a store, control records in a log."""
+"""What a release has written, every later one reads: events on the wire, states in a store, control records."""
 
 from __future__ import annotations
 
