@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from redis import Redis
 from redis.exceptions import RedisError
-from servers import Server, fresh, redis, redis_url
+from servers import Server, free_port, fresh, redis, redis_url
 from service import projection
 from test_store import NOTHING, START, TOPIC, Writer, drifting, everything, parts
 
@@ -276,6 +277,36 @@ def test_a_wrong_password_is_no_outage(tmp_path: Path, connect: Connect) -> None
         assert works(connect(f"redis://:right%20horse@{server.address}/0"))
         file = connect(f"redis://:wrong@{server.address}/0", password="right horse")
         assert works(file), "the file goes before the URL"
+    finally:
+        server.kill()
+
+
+def test_a_certificate_is_checked(tmp_path: Path, connect: Connect) -> None:
+    if not (openssl := shutil.which("openssl")):
+        pytest.skip("openssl is not installed")
+    paths = {name: str(tmp_path / name) for name in ("ca.pem", "ca.key", "redis.pem", "redis.key")}
+    short = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    signed = ["-CA", paths["ca.pem"], "-CAkey", paths["ca.key"], "-addext", "subjectAltName=IP:127.0.0.1"]
+    for name, more in (("ca", []), ("redis", [*signed, "-addext", "basicConstraints=critical,CA:FALSE"])):
+        files = ["-keyout", paths[f"{name}.key"], "-out", paths[f"{name}.pem"], "-subj", f"/CN=anchorwatch {name}"]
+        subprocess.run([openssl, "req", *short, *files, *more], check=True, capture_output=True, timeout=60)
+    port = free_port()
+    server = redis(
+        tmp_path / "redis",
+        *("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", paths["ca.pem"]),
+        *("--tls-cert-file", paths["redis.pem"], "--tls-key-file", paths["redis.key"]),
+    )
+    try:
+        server.start()
+        store = connect(f"rediss://127.0.0.1:{port}/0", ca_file=paths["ca.pem"], timeout_seconds=5)
+        Writer(store).commit(*drifting("a"))
+        assert store.session("a")
+        for url, options in (
+            (f"rediss://127.0.0.1:{port}/0", {}),  # nobody knows this authority
+            (f"rediss://localhost:{port}/0", {"ca_file": paths["ca.pem"]}),  # the certificate names 127.0.0.1
+        ):
+            with pytest.raises(StoreUnavailable, match=r"(?i)certificate"):
+                connect(url, timeout_seconds=5, **options).position(TOPIC, 0)
     finally:
         server.kill()
 
