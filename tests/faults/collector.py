@@ -216,7 +216,7 @@ def main() -> None:
     publisher = open_publisher(Journalled(connect.log(settings), journal, change), settings)
     made: OrderedDict[str, Projection] = OrderedDict()
     times = array("d")
-    taken = dropped = 0
+    taken = 0
     print("ready", flush=True)
     for index, intent in enumerate(intents(plan)):
         if index < begin:
@@ -233,10 +233,7 @@ def main() -> None:
             made.popitem(last=False)
         journal.offered(index, event.conversation_id, change(Message(event.conversation_id, encode(event))).value)
         started = time.monotonic()
-        if publisher.publish(event):
-            taken += 1
-        else:
-            dropped += 1
+        taken += publisher.publish(event)
         times.extend((started, time.monotonic() - started))
         time.sleep(plan.pause)
         if index % 200 == 0:
@@ -248,7 +245,7 @@ def main() -> None:
         msgspec.json.encode(
             {
                 "taken": taken,
-                "dropped": dropped,
+                "dropped": publisher.dropped,
                 "flushed": flushed,
                 "most_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }
