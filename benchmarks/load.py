@@ -67,7 +67,7 @@ class Traffic:
         below = FAR_BELOW if self._drifts.get(conversation) == turn else 0.0
         baseline = self._baseline
         mean, window = baseline.mean - below * baseline.standard_deviation, baseline.window_mean
-        coordinates = self._coordinates(mean)
+        coordinates = self._coordinates(mean, 0.0)
         return Projection(
             id=str(uuid.UUID(int=self._chance.getrandbits(128))),
             time=time,
@@ -80,15 +80,15 @@ class Traffic:
             deployment=self._baseline.deployment,
             projection=coordinates["assistant_axis"],
             coordinates=coordinates,
-            prompt=self._coordinates(baseline.mean),
-            windows=Windows(lowest=self._coordinates(window), last=self._coordinates(mean)),
+            prompt=self._coordinates(0.0, 0.0),
+            windows=Windows(lowest=self._coordinates(window, 0.0), last=self._coordinates(mean, 0.0)),
             tokens=40,
         )
 
-    def _coordinates(self, readout: float) -> dict[str, float]:
-        """Coordinates that give this readout, at the response and at the prompt alike, give or take a little."""
+    def _coordinates(self, response: float, prompt: float) -> dict[str, float]:
+        """Coordinates whose parts of the readout, at a response and at a prompt, are these, give or take a little."""
         made = {name: self._chance.gauss(0.0, 8.0) for name in self._names}
-        weights = [*self.config.readout.coordinates.items(), *self.config.readout.prompt.items()]
-        for name, weight in weights:
-            made[name] = (readout / len(weights) + self._chance.gauss(0.0, 0.2)) / weight
+        for weights, part in ((self.config.readout.coordinates, response), (self.config.readout.prompt, prompt)):
+            for name, weight in weights.items():
+                made[name] = (part / len(weights) + self._chance.gauss(0.0, 0.2)) / weight
         return {name: float(f"{value:.7g}") for name, value in made.items()}
