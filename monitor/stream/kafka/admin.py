@@ -14,7 +14,7 @@ from kafka.protocol.consumer import OffsetSpec
 
 from monitor.errors import LogError
 from monitor.stream.kafka.client import milliseconds, open_client
-from monitor.stream.kafka.explain import explained, no_topic
+from monitor.stream.kafka.explain import explained, no_partition, no_topic
 from monitor.stream.log import Span
 from monitor.stream.options import KafkaOptions
 from monitor.stream.topics import TopicSpec, TopicState
@@ -72,10 +72,7 @@ class KafkaTopics:
         """See `Log.span`; but a broker may tell the place of its newest batch instead of its end (Tansu does)."""
         state = self.state(topic)
         if not 0 <= partition < state.partitions:
-            raise LogError(
-                f"{topic} has no partition {partition}, but {state.partitions} from 0 on",
-                cure="a topic's partitions are never taken away: check that this is the cluster you mean",
-            )
+            raise no_partition(topic, partition, state.partitions)
         here = TopicPartition(topic, partition)
 
         def ask(admin: KafkaAdminClient, _: KafkaNetClient) -> Span:

@@ -13,7 +13,7 @@ from kafka import errors as kafka_errors
 from monitor.errors import LogError, LogUnavailable
 from monitor.stream.log import Span
 
-__all__ = ["LARGEST_REQUEST_BYTES", "closed", "explained", "made_anew", "no_topic", "outside"]
+__all__ = ["LARGEST_REQUEST_BYTES", "closed", "explained", "made_anew", "no_partition", "no_topic", "outside"]
 
 LARGEST_REQUEST_BYTES = 1 << 20  # what a broker takes unless told otherwise
 
@@ -40,6 +40,14 @@ def no_topic(topic: str) -> LogError:
         f"there is no topic {topic}",
         cure="anchorwatch topics create; or name the right cluster in ANCHORWATCH_LOG_URL. Where the topic was there "
         "before, the cluster has lost it or this is another one: find out before you go on",
+    )
+
+
+def no_partition(topic: str, partition: int, partitions: int) -> LogError:
+    """It was never there."""
+    return LogError(
+        f"{topic} has no partition {partition}, but {partitions} from 0 on",
+        cure="a topic's partitions are never taken away: check that this is the cluster you mean",
     )
 
 
