@@ -58,6 +58,7 @@ __all__ = [
     "calibration_at",
     "decode_action",
     "due",
+    "first_calibrations",
     "forget",
     "key_of",
     "read_actions",
@@ -249,6 +250,27 @@ def activate_calibration(
     ]
     append_actions(log, done, by=by, at=at)
     return dict(zip(partitions, offsets, strict=True))
+
+
+def first_calibrations(
+    log: Log, config: DetectorConfig, *, by: str, topic: str = PROJECTIONS
+) -> Callable[[int, int], DetectorConfig]:
+    """Partition, offset → the calibration in force there; where there is none, `config`, which is noted as such first.
+
+    For a worker: what it is given when it is started for the first time must judge those records again when the store
+    is rebuilt, whatever the worker is given then.
+    """
+    recorded = recorded_calibrations(log, topic)
+
+    def first(partition: int, offset: int) -> DetectorConfig:
+        found = recorded(partition, offset)
+        if found is None:
+            place = f"{topic}/{partition}/{offset}"
+            body = Activation(log.span(topic, partition).topic_id, config.config_id)
+            append_actions(log, [("config", config.config_id, config), ("calibration", place, body)], by=by)
+        return found or config
+
+    return first
 
 
 # Reading.

@@ -44,7 +44,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     from prometheus_client import start_http_server
 
     from monitor import connect
-    from monitor.actions import recorded_calibrations
+    from monitor.actions import first_calibrations
     from monitor.housekeeping import Housekeeper
     from monitor.worker import Worker, stop_on_signals
 
@@ -70,7 +70,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
             config,
             subscription=subscription,
             batch_size=settings.batch_size,
-            recorded=recorded_calibrations(log),
+            recorded=first_calibrations(log, config, by="anchorwatch worker"),
         ).run(stop)
     finally:
         stop.set()

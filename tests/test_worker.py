@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from service import CONFIG, POISON, Oracle, message, projection, traffic
 
 from monitor import telemetry
+from monitor.actions import first_calibrations
 from monitor.control import calibration_message
 from monitor.detect.baseline import DetectorConfig
 from monitor.detect.conversation import ConversationState, Step, encode_state, step
@@ -521,6 +522,17 @@ def test_a_wiped_store_asks_what_operators_had_put_into_force(log: EmbeddedLog, 
     drain(Worker(log, store, CONFIG, recorded=recorded))
     assert asked == [(0, 1)]
     assert judged_by(store) == {OTHER.config_id}
+
+
+def test_what_the_first_worker_was_given_judges_again_when_the_store_is_rebuilt(
+    log: EmbeddedLog, tmp_path: Path
+) -> None:
+    log.append(PROJECTIONS, [message(projection("a", 0, -1.0)), message(projection("b", 0, -3.0))])
+    before, after = SqliteStore(tmp_path / "before.db"), SqliteStore(tmp_path / "after.db")
+    drain(Worker(log, before, OTHER, recorded=first_calibrations(log, OTHER, by="test")))
+    drain(Worker(log, after, CONFIG, recorded=first_calibrations(log, CONFIG, by="test")))
+    assert judged_by(before) == {OTHER.config_id}
+    assert after.findings(100) == before.findings(100)
 
 
 def test_a_replay_prints_what_the_worker_found_byte_for_byte(log: EmbeddedLog, store: SqliteStore) -> None:
