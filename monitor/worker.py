@@ -13,7 +13,8 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import TypeAlias
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import structlog
@@ -33,7 +34,7 @@ from monitor.detect.baseline import DetectorConfig
 from monitor.detect.conversation import ConversationState, Step, decode_state, step
 from monitor.errors import AnchorwatchError, CommitRefused, LogError, LogUnavailable, StoreError, StoreUnavailable
 from monitor.events import Projection
-from monitor.store.store import Position, Store
+from monitor.store.store import Commit, Position, Store
 from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedSubscription, Log, Subscription
 
 __all__ = ["Listener", "Recorded", "Worker", "stop_on_signals"]
@@ -60,6 +61,15 @@ class _Share:
         self.partitions = partitions
         self.poison: tuple[bool, ...] = ()
         self.cache: OrderedDict[str, ConversationState] = OrderedDict()
+
+
+class _Pending(NamedTuple):
+    """A commit under way."""
+
+    batch: Batch
+    folded: Folded
+    started: float
+    answer: Future[None]
 
 
 class Worker:
@@ -118,37 +128,41 @@ class Worker:
         self._assigned: frozenset[int] = frozenset()
         self._partitions = 1
         self._look_next = clock() + LOOK_SECONDS
+        # One thread: commits go out in order, each after the one before it was answered.
+        self._committing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="anchorwatch-commit")
+        self._pending: _Pending | None = None
 
-    def run_once(self, timeout: float = 0.0) -> int:
-        """Take what one poll gives, fold it, commit it. Returns how many records that were.
+    def run_once(self, timeout: float = 0.0, *, settle: bool = True) -> int:
+        """Take what one poll gives, fold it, commit it. Returns how many records were committed.
 
-        None come while nothing is new, while the partitions are paused, and after a refused commit. Waits up to
-        `timeout` seconds for the first one.
+        None are while nothing is new, while the partitions are paused, and after a refused commit. Waits up to
+        `timeout` seconds for the first one. Without `settle` the last commit may still be under way on return: the next
+        call folds while the store works, and settles it then.
 
         Raises:
             LogUnavailable, StoreUnavailable: nothing is lost; call again later, and do call: it keeps this worker in
                 its group.
             LogError, StoreError: somebody must look: a stored position outside the log, a damaged file.
         """
+        handled = 0
         try:
-            self._claim()
+            handled += self._claim()
         except BaseException:
             for partition in self._subscription.assigned():
                 self._drop(partition)
             self._subscription.poll(self._batch_size, 0.0)  # all are at rest: this only keeps the place in the group
             raise
         batches = self._subscription.poll(self._batch_size, timeout)
-        handled = 0
-        while batches:
-            batch = batches[0]
-            try:
+        try:
+            for batch in batches:
                 handled += self._handle(batch)
-            except BaseException:
-                # After an unanswered commit nobody knows what was written; and what was polled with it is not folded.
-                for unread in batches:
-                    self._drop(unread.partition)
-                raise
-            batches = batches[1:]
+            if settle or not batches:
+                handled += self._settle()
+        except BaseException:
+            # After an unanswered commit nobody knows what was written; and what was polled with it is not folded.
+            for unread in batches:
+                self._drop(unread.partition)
+            raise
         return handled
 
     def run(
@@ -169,7 +183,7 @@ class Worker:
         failures = 0
         while not stop.is_set():
             try:
-                handled = self.run_once(idle_seconds)
+                handled = self.run_once(idle_seconds, settle=False)
             except (LogUnavailable, StoreUnavailable) as error:
                 failures += 1
                 telemetry.WORKER_WAITING.set(1)
@@ -184,10 +198,17 @@ class Worker:
                 raise self._all_paused()
             if not handled and idle_seconds <= 0.0:
                 stop.wait(IDLE_SECONDS)
+        try:
+            self._settle()
+        except (LogUnavailable, StoreUnavailable) as error:
+            _log.info("the last commit was not answered; whoever goes on looks", problem=error.problem)
 
-    def _claim(self) -> None:
-        """Forget partitions that went to others; learn where to go on in those that came."""
+    def _claim(self) -> int:
+        """Forget partitions that went to others; learn where to go on in those that came. As `_settle`, which comes
+        first where the store's word is needed."""
         assigned = self._subscription.assigned()
+        look = self._clock() >= self._look_next
+        settled = self._settle() if look or assigned - self._shares.keys() - self.paused.keys() else 0
         if assigned != self._assigned:
             self._assigned = assigned
             self._partitions = self._log.partitions(self.topic)
@@ -207,9 +228,10 @@ class Worker:
                 continue
             self._subscription.seek(partition, offset)
             self._shares[partition] = share
-        if self._clock() >= self._look_next:
+        if look:
             self._look_next = self._clock() + LOOK_SECONDS
             self._look()
+        return settled
 
     def _look(self) -> None:
         """See whether the store still stands where it did. Who has nothing to commit would never learn that it was
@@ -246,7 +268,8 @@ class Worker:
                 cure="to change it from now on: anchorwatch calibration activate",
             )
         nothing = Folded(offset, [], [], {}, ())
-        self._commit(partition, nothing, _Share(position, config, topic_id, self._partitions), end, stored is None)
+        before = _Share(position, config, topic_id, self._partitions)
+        self._store.commit(self._to_commit(partition, nothing, before, end, stored is None))
         expected = Position(offset, position.revision if position else 0)
         return _Share(expected, config, topic_id, self._partitions), offset
 
@@ -256,25 +279,42 @@ class Worker:
         self._shares.pop(partition, None)
 
     def _handle(self, batch: Batch) -> int:
-        """Fold and commit one batch. Returns how many of its records; 0 when the commit was refused."""
+        """Fold a batch while the store still works on the one before, and begin to commit it. As `_settle`."""
         started = self._clock()
         share = self._shares.get(batch.partition)
-        if share is None:  # refused or paused a moment ago, in the same poll
-            return 0
+        if share is None:  # refused or paused a moment ago
+            return self._settle()
         folded = self._fold_records(batch, share)
+        settled = self._settle()
+        if self._shares.get(batch.partition) is not share:  # what this was folded from is not what the store has
+            return settled
         self._log.append(DEAD_LETTERS, [to_dead_letter(record, poison) for record, poison in folded.dead])
         if folded.config:
             share.config = folded.config
-        try:
-            self._commit(batch.partition, folded, share, batch.end, folded.config is not None)
-        except CommitRefused as error:
-            self._refused(batch.partition, error)
-            return 0
-        if folded.config:
-            _log.info("a calibration came into force", partition=batch.partition, config_id=share.config.config_id)
+        commit = self._to_commit(batch.partition, folded, share, batch.end, folded.config is not None)
+        self._pending = _Pending(batch, folded, started, self._committing.submit(self._store.commit, commit))
+        # As if it had been answered: where it is not, or is refused, the share is thrown away.
         share.expected = Position(folded.offset, share.expected.revision if share.expected else 0)
         share.poison = folded.poison
         self._keep(share, folded.states)
+        return settled + (self._settle() if mostly_poison(folded.poison) else 0)
+
+    def _settle(self) -> int:
+        """Wait for the commit under way, if one is. Returns how many records it was of; 0 when it was refused."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return 0
+        batch, folded, started, answer = pending
+        try:
+            answer.result()
+        except CommitRefused as error:
+            self._refused(batch.partition, error)
+            return 0
+        except BaseException:
+            self._drop(batch.partition)
+            raise
+        if folded.config:
+            _log.info("a calibration came into force", partition=batch.partition, config_id=folded.config.config_id)
         telemetry.BATCH_SECONDS.observe(self._clock() - started)
         telemetry.LAG.labels(batch.partition).set(max(0, batch.end - folded.offset))
         self._tell(batch.partition, folded)
@@ -282,19 +322,17 @@ class Worker:
             self._pause(batch.partition, folded)
         return sum(record.offset < folded.offset for record in batch.records) if folded.dead else len(batch.records)
 
-    def _commit(self, partition: int, folded: Folded, share: _Share, end: int, with_config: bool) -> None:
-        self._store.commit(
-            to_commit(
-                folded,
-                topic=self.topic,
-                partition=partition,
-                topic_id=share.topic_id,
-                partitions=share.partitions,
-                expected=share.expected,
-                end=end,
-                config=share.config if with_config else None,
-                now=self._wall_clock(),
-            )
+    def _to_commit(self, partition: int, folded: Folded, share: _Share, end: int, with_config: bool) -> Commit:
+        return to_commit(
+            folded,
+            topic=self.topic,
+            partition=partition,
+            topic_id=share.topic_id,
+            partitions=share.partitions,
+            expected=share.expected,
+            end=end,
+            config=share.config if with_config else None,
+            now=self._wall_clock(),
         )
 
     def _refused(self, partition: int, error: CommitRefused) -> None:
