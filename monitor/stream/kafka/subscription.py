@@ -13,7 +13,7 @@ from kafka import errors as kafka_errors
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from kafka.net.compat import KafkaNetClient
-from kafka.structs import OffsetAndMetadata
+from kafka.structs import MemberState, OffsetAndMetadata
 
 from monitor.errors import LogUnavailable
 from monitor.stream.kafka.client import connected, milliseconds, open_client
@@ -30,6 +30,10 @@ ANEW_SECONDS = 20.0  # and for so long, the client is made anew: whatever it wai
 SHORT_SECONDS = 2.0  # for a moment, a new leader may know of fewer records or topics than there are
 POLL_GAP_SECONDS = 300.0
 LEAVE_SECONDS = 1.0
+JOIN_SECONDS = 3.0
+JOIN_STEP_SECONDS = 0.25
+
+_Given = dict[TopicPartition, list[Any]]
 
 _log = structlog.get_logger("anchorwatch.kafka")
 
@@ -125,7 +129,7 @@ class KafkaSubscription:
                 member = self._membership or self._join()
                 self._tell_lag(member)
                 try:
-                    given = member.consumer.poll(timeout_ms=milliseconds(timeout), max_records=limit)
+                    given = self._poll(member, limit, timeout)
                 except kafka_errors.OffsetOutOfRangeError as error:
                     self._explain_places(member, error)
                     raise
@@ -186,6 +190,15 @@ class KafkaSubscription:
             with contextlib.suppress(kafka_errors.KafkaError, RuntimeError):
                 member.consumer.close(autocommit=False, timeout_ms=milliseconds(seconds))
 
+    def _poll(self, member: _Membership, limit: int, timeout: float) -> _Given:
+        """Up to 3.0.12 the library throws away a join that is answered between two polls, and so makes the whole group
+        join again: so no other work is done before it is answered, within reason."""
+        until = self._clock() + JOIN_SECONDS
+        given: _Given = member.consumer.poll(timeout_ms=milliseconds(timeout), max_records=limit)
+        while not given and member.consumer.group_metadata().state is MemberState.REBALANCING and self._clock() < until:
+            given = member.consumer.poll(timeout_ms=milliseconds(JOIN_STEP_SECONDS), max_records=limit)
+        return given
+
     def _count_in(self, member: _Membership) -> None:
         """See which partitions are ours now."""
         ours = {here.partition for here in member.consumer.assignment()}
@@ -207,7 +220,7 @@ class KafkaSubscription:
                 raise made_anew(self._topic)
             self._topic_id = topic_id
 
-    def _batches(self, member: _Membership, given: dict[TopicPartition, list[Any]]) -> list[Batch]:
+    def _batches(self, member: _Membership, given: _Given) -> list[Batch]:
         batches = []
         for here, rows in given.items():
             if self._positions.get(here.partition) is not None:
