@@ -36,12 +36,16 @@ class Backend(NamedTuple):
     make_topic: Callable[[], str]
 
 
+def backend_of(name: str, folder: Path, brokers: Callable[[str], Server | Outside]) -> Backend:
+    if name == "embedded":
+        return Backend(sqlite_url(folder / "log.db"), lambda: fresh("topic"))
+    address = brokers(name).address
+    return Backend(f"kafka://{address}", lambda: make_topic(address))
+
+
 @pytest.fixture(params=["embedded", *BROKERS])
 def backend(request: pytest.FixtureRequest, tmp_path: Path, brokers: Callable[[str], Server | Outside]) -> Backend:
-    if request.param == "embedded":
-        return Backend(sqlite_url(tmp_path / "log.db"), lambda: fresh("topic"))
-    address = brokers(request.param).address
-    return Backend(f"kafka://{address}", lambda: make_topic(address))
+    return backend_of(request.param, tmp_path, brokers)
 
 
 @pytest.fixture
@@ -56,24 +60,42 @@ def log(backend: Backend) -> Iterator[Log]:
     opened.close()
 
 
-@pytest.fixture
-def subscription(backend: Backend, log: Log, topic: str) -> Iterator[Subscription]:
-    opened = open_subscription(backend.url, log, topic, fresh("group"))
-    yield opened
-    opened.close()
+class Reading(NamedTuple):
+    """A subscription that has its partition, which is at rest, and holds records up to `end`."""
+
+    log: Log
+    topic: str
+    subscription: Subscription
+    end: int
 
 
-def numbered(count: int, start: int = 0) -> list[Message]:
-    return [Message(f"key {n % 3}", f"value {n}".encode()) for n in range(start, start + count)]
-
-
-def joined(subscription: Subscription) -> Subscription:
-    """It may take a while until a partition is one's own."""
+@pytest.fixture(scope="module", params=["embedded", *BROKERS])
+def joined(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    brokers: Callable[[str], Server | Outside],
+) -> Iterator[Reading]:
+    """To join a group takes a broker seconds, so all tests of a backend share one stay."""
+    backend = backend_of(request.param, tmp_path_factory.mktemp("log"), brokers)
+    log, topic = open_log(backend.url), backend.make_topic()
+    subscription = open_subscription(backend.url, log, topic, fresh("group"))
     until = time.monotonic() + SECONDS
     while subscription.assigned() != {0}:
         assert time.monotonic() < until, "no partition came"
         assert subscription.poll(10, 0.05) == []
-    return subscription
+    yield Reading(log, topic, subscription, 0)
+    subscription.close()
+    log.close()
+
+
+@pytest.fixture
+def reading(joined: Reading) -> Reading:
+    joined.subscription.rest(0)
+    return joined._replace(end=joined.log.span(joined.topic, 0).end)
+
+
+def numbered(count: int, start: int = 0) -> list[Message]:
+    return [Message(f"key {n % 3}", f"value {n}".encode()) for n in range(start, start + count)]
 
 
 def polled(subscription: Subscription, count: int, limit: int = 10) -> list[Batch]:
@@ -173,42 +195,44 @@ def test_what_is_closed_says_so(backend: Backend, topic: str) -> None:
 # Every subscription.
 
 
-def test_a_partition_is_at_rest_until_it_is_sought(log: Log, topic: str, subscription: Subscription) -> None:
+def test_a_partition_is_at_rest_until_it_is_sought(reading: Reading) -> None:
+    log, topic, subscription, base = reading
     log.append(topic, numbered(3))
-    joined(subscription)
     assert subscription.poll(10, 0.3) == []
-    subscription.seek(0, 1)
+    subscription.seek(0, base + 1)
     assert [r.value for r in records(polled(subscription, 2))] == [b"value 1", b"value 2"]
     subscription.rest(0)
     log.append(topic, numbered(1, start=3))
     assert subscription.poll(10, 0.3) == []
     assert subscription.assigned() == {0}
-    subscription.seek(0, 0)
+    subscription.seek(0, base)
     assert [r.value for r in records(polled(subscription, 4))] == [m.value for m in numbered(4)]
 
 
-def test_a_poll_gives_consecutive_records_up_to_its_limit(log: Log, topic: str, subscription: Subscription) -> None:
+def test_a_poll_gives_consecutive_records_up_to_its_limit(reading: Reading) -> None:
+    log, topic, subscription, base = reading
     log.append(topic, numbered(95))
-    joined(subscription).seek(0, 0)
+    subscription.seek(0, base)
     batches = polled(subscription, 95)
-    assert [r.offset for r in records(batches)] == list(range(95))
+    assert [r.offset for r in records(batches)] == list(range(base, base + 95))
     assert all(0 < len(batch.records) <= 10 and batch.partition == 0 for batch in batches)
-    assert {batch.end for batch in batches} == {95}
+    assert {batch.end for batch in batches} == {base + 95}
     assert subscription.poll(10, 0.1) == []
 
 
-def test_what_comes_later_is_given_out_with_all_that_it_holds(log: Log, topic: str, subscription: Subscription) -> None:
+def test_what_comes_later_is_given_out_with_all_that_it_holds(reading: Reading) -> None:
+    log, topic, subscription, base = reading
     message = Message("clé", b"\x00\xff", (("reason", b"\x00"), ("none", b"")))
-    joined(subscription).seek(0, 0)
+    subscription.seek(0, base)
     assert subscription.poll(10, 0.1) == []
     log.append(topic, [message])
     (record,) = records(polled(subscription, 1))
-    assert record == Record(topic, 0, 0, message.key, message.value, message.headers)
+    assert record == Record(topic, 0, base, message.key, message.value, message.headers)
 
 
-def test_a_position_outside_the_log_is_a_loud_stop(log: Log, topic: str, subscription: Subscription) -> None:
-    log.append(topic, numbered(3))
-    joined(subscription).seek(0, 1000)
+def test_a_position_outside_the_log_is_a_loud_stop(reading: Reading) -> None:
+    subscription = reading.subscription
+    subscription.seek(0, reading.end + 1000)
     until = time.monotonic() + SECONDS
     with pytest.raises(LogError, match="outside the log") as caught:
         while time.monotonic() < until:
@@ -216,9 +240,10 @@ def test_a_position_outside_the_log_is_a_loud_stop(log: Log, topic: str, subscri
     assert caught.value.cure and not caught.value.retry
 
 
-def test_the_end_of_the_log_is_inside_it(log: Log, topic: str, subscription: Subscription) -> None:
+def test_the_end_of_the_log_is_inside_it(reading: Reading) -> None:
+    log, topic, subscription, base = reading
     log.append(topic, numbered(3))
-    joined(subscription).seek(0, 3)
+    subscription.seek(0, base + 3)
     for _ in range(30):
         assert subscription.poll(10, 0.1) == []
     log.append(topic, numbered(1, start=3))
