@@ -10,9 +10,9 @@ them, CloudEvents headers and all; one in a hundred makes a finding. The bare lo
 worker's own limits, the worker's own decoder, and nothing else. Both run in a process of their own, by turns, over the
 whole topic.
 
-The clock runs from the first record that was polled to the last commit; starting up and joining the group are left out.
+The clock runs from the moment a position is sought to the last commit; starting up and joining the group are left out.
 CPU seconds are the worker process's own, without broker and Redis. With `--workers N` the clock runs from the first
-record that any of them polled to the last commit of all.
+position that any of them sought to the last commit of all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from monitor.store import open_store
 from monitor.stream import open_log, open_subscription, open_topics
 from monitor.stream.log import Batch, Message, Subscription
 from monitor.stream.topics import TopicSpec
-from monitor.worker import Worker
+from monitor.worker import Worker, collect_rarely
 
 TOPIC = "benchmark.projections"
 PARTITIONS = 8
@@ -80,6 +80,7 @@ def run(
         "workers": workers,
         "broker": broker,
         "cpu_seconds_per_million": round(statistics.median([one["cpu"] for one in judged]) / len(traffic) * 1e6, 1),
+        "bare_cpu_seconds_per_million": round(statistics.median([one["cpu"] for one in bare]) / len(traffic) * 1e6, 1),
         "rss_mb": round(max(one["rss"] for one in judged) / 2**20),
         "rounds": [[round(one["rate"]) for one in pair] for pair in zip(bare, judged, strict=True)],
         "responses": len(traffic),
@@ -141,30 +142,32 @@ def _race(
 
 
 class _Timed:
-    """A subscription that notes when records came, and stops its worker when none have come for a while."""
+    """A subscription that notes when it was told where to begin, and when all that it gave out had been committed; and
+    stops its worker when nothing has come for a while."""
 
     def __init__(self, inner: Subscription, stop: threading.Event) -> None:
-        self.first = 0.0
-        self.last = 0.0
-        self.cpu_at_first = 0.0
-        self.cpu_at_last = 0.0
+        self.first = self.last = 0.0
+        self.cpu_at_first = self.cpu_at_last = 0.0
+        self._open = 0  # polls until all is committed: the worker settles a batch while it folds the next one
         self._inner = inner
         self._stop = stop
-        self.assigned, self.seek, self.rest, self.close = inner.assigned, inner.seek, inner.rest, inner.close
+        self.assigned, self.rest, self.close = inner.assigned, inner.rest, inner.close
+
+    def seek(self, partition: int, offset: int) -> None:
+        if not self.first:
+            self.first, self.cpu_at_first = time.time(), time.process_time()
+        self._inner.seek(partition, offset)
 
     def poll(self, limit: int, timeout: float) -> list[Batch]:
-        now, cpu = time.time(), time.process_time()
-        if self._busy:  # what was given out before has been committed
-            self.last, self.cpu_at_last = now, cpu
+        if self._open:
+            self.last, self.cpu_at_last = time.time(), time.process_time()
+            self._open -= 1
         batches = self._inner.poll(limit, timeout)
-        self._busy = bool(batches)
-        if batches and not self.first:
-            self.first, self.cpu_at_first = time.time(), time.process_time()
-        if not batches and self.first and now - self.last > QUIET_SECONDS:
+        if batches:
+            self._open = 2
+        elif self.last and time.time() - self.last > QUIET_SECONDS:
             self._stop.set()
         return batches
-
-    _busy = False
 
 
 def _work(url: str, store_url: str, group: str, config: DetectorConfig) -> dict[str, float]:
@@ -172,6 +175,7 @@ def _work(url: str, store_url: str, group: str, config: DetectorConfig) -> dict[
     log, store, stop = open_log(url), open_store(store_url), threading.Event()
     timed = _Timed(open_subscription(url, log, TOPIC, group), stop)
     before = _responses()
+    collect_rarely()
     Worker(log, store, config, subscription=timed, topic=TOPIC, batch_size=BATCH).run(stop)
     timed.close()
     return {
@@ -207,12 +211,10 @@ def _read_bare(address: str, config: DetectorConfig) -> dict[str, float]:
     )
     consumer.assign([TopicPartition(TOPIC, partition) for partition in range(PARTITIONS)])
     consumer.seek_to_beginning()
-    first = last = cpu_first = 0.0
-    handled = 0
+    first, cpu_first = time.time(), time.process_time()
+    last, handled = 0.0, 0
     while not last or time.time() - last < QUIET_SECONDS:
         polled = consumer.poll(timeout_ms=200)
-        if polled and not first:
-            first, cpu_first = time.time(), time.process_time()
         for records in polled.values():
             for record in records:
                 handled += decode_projection(record.value).axis_id == config.axis_id

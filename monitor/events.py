@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -167,11 +166,11 @@ class Finding(Struct, frozen=True, kw_only=True, gc=False):
     version: str = SCHEMA_VERSION
 
 
-def _finite(value: float, *maps: Mapping[str, float]) -> bool:
+def _finite(value: float, a: Coordinates, b: Coordinates, c: Coordinates, d: Coordinates) -> bool:
     # A sum is finite only if its terms are, and is had in a tenth of the time. It may overflow: then look twice.
-    if math.isfinite(value + sum([sum(m.values()) for m in maps])):
+    if math.isfinite(value + sum(a.values()) + sum(b.values()) + sum(c.values()) + sum(d.values())):
         return True
-    return math.isfinite(value) and all(math.isfinite(v) for m in maps for v in m.values())
+    return math.isfinite(value) and all(math.isfinite(v) for m in (a, b, c, d) for v in m.values())
 
 
 _projection_decoder = msgspec.json.Decoder(Projection)

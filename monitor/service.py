@@ -46,7 +46,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     from monitor import connect
     from monitor.actions import first_calibrations
     from monitor.housekeeping import Housekeeper
-    from monitor.worker import Worker, stop_on_signals
+    from monitor.worker import Worker, collect_rarely, stop_on_signals
 
     settings = load_settings()
     config = connect.calibration(bundle if calibration is None else str(calibration), settings)
@@ -59,6 +59,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     subscription = connect.subscription(settings, log)
     places = f"{connect.shown(settings.log_url)} into {connect.shown(settings.store_url)}"
     _stderr.print(f"Folding {places}", highlight=False)
+    collect_rarely()
     me = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     keeper = Housekeeper(store, me, _duties(settings, log, store))
     keeping = threading.Thread(target=keeper.run, args=(stop,), name="anchorwatch-housekeeping")
