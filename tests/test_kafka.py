@@ -479,17 +479,19 @@ def test_it_may_be_made_before_its_server_runs(own_kafka: Server) -> None:
 
 def test_an_append_to_a_frozen_server_ends_in_time_and_keeps_nothing(own_kafka: Server) -> None:
     topic = make_topic(own_kafka.address)
+    before = set(threading.enumerate())
     log = KafkaLog(own_kafka.address, QUICK)
     log.append(topic, messages(1))
-    threads = threading.active_count()
+    errors: list[LogUnavailable] = []
     own_kafka.freeze()
     load = [Message("k", os.urandom(5_000))] * 200
     for _ in range(2):
         started = time.monotonic()
-        with pytest.raises(LogUnavailable):
+        with pytest.raises(LogUnavailable) as caught:
             log.append(topic, load)
+        errors.append(caught.value)  # whoever keeps an error must not keep the producer alive by it
         assert time.monotonic() - started < 30  # 2 s to append, or 2 s for each of a few questions; and a busy machine
-    eventually(lambda: threading.active_count() <= threads, "producers that were given up live on")
+    eventually(lambda: set(threading.enumerate()) <= before, "clients that were given up live on")
     own_kafka.thaw()
     # What was given up may have been written all the same: the server had taken it in before it was frozen.
     eventually(lambda: appended(log, topic, [Message("last", b"1")]))
@@ -661,6 +663,16 @@ def test_who_is_not_let_in_is_told_so_at_once_and_not_that_the_server_is_away(
         subscription = KafkaSubscription(guarded.address, "t", "g", options)
         with pytest.raises(LogError, match="refuses who we say we are"):
             subscription.poll(10, 0.1)
+
+
+def test_a_listener_that_wants_a_password_from_who_brings_none_does_not_look_like_nothing(guarded: Server) -> None:
+    """It shakes hands with anybody, and then says nothing: that client, too, is given up whole."""
+    with no_thread_stays():
+        with pytest.raises(LogUnavailable) as caught:
+            KafkaLog(guarded.address, QUICK).append("t", messages(1))
+        assert "ANCHORWATCH_KAFKA_SECURITY_PROTOCOL" in caught.value.cure
+        with member(guarded.address, "t", "g") as subscription, pytest.raises(LogUnavailable):
+            eventually(lambda: bool(subscription.poll(1, 0.1)))
 
 
 class TlsDoor:

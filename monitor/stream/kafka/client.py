@@ -78,7 +78,7 @@ def connected(client: KafkaNetClient) -> bool:
 
 def discard(producer: KafkaProducer) -> None:
     """End a producer and forget what it holds, without waiting for a broker."""
-    # Up to 3.0.12 `close` raises where records are left, and leaves the sending thread and the records behind.
+    # Up to 3.0.12 `close` raises where records are left, and leaves them and the sending thread to whoever holds it.
     with contextlib.suppress(kafka_errors.KafkaError):
         producer.close(timeout=0)
     producer._sender.force_close()
