@@ -43,6 +43,7 @@ __all__ = [
     "RESPONSES_UNSCORED",
     "TAP_ERRORS",
     "TOLD",
+    "WORKER_LOOP",
     "WORKER_PARTITIONS",
     "WORKER_PAUSED",
     "WORKER_WAITING",
@@ -72,6 +73,11 @@ WORKER_PAUSED = Gauge(
     registry=REGISTRY,
 )
 WORKER_WAITING = Gauge("anchorwatch_worker_waiting", "1 while log or store do not answer", registry=REGISTRY)
+WORKER_LOOP = Gauge(
+    "anchorwatch_worker_loop_seconds",
+    "When the worker's loop last came round, also while it waits; seconds since 1970",
+    registry=REGISTRY,
+)
 WORKER_PARTITIONS = Gauge("anchorwatch_worker_partitions", "Partitions that are this worker's own", registry=REGISTRY)
 BATCH_SECONDS = Histogram(
     "anchorwatch_batch_seconds",

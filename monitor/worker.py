@@ -183,6 +183,7 @@ class Worker:
         """
         failures = 0
         while not stop.is_set():
+            telemetry.WORKER_LOOP.set(self._wall_clock())
             try:
                 handled = self.run_once(idle_seconds, settle=False)
             except (LogUnavailable, StoreUnavailable) as error:

@@ -312,12 +312,12 @@ def test_the_demo_runs_on_the_same_servers(stack: Stack) -> None:
     (demo,) = stack.add("demo")
     demo.start("--conversations", "1", "--tokens", "4")
     store = stack.store()
+    before = sum(store.counts().values())
     try:
-        eventually(lambda: store.progress("anchorwatch.demo") or not demo.running(), "the demo's first response", 300)
-        assert store.progress("anchorwatch.demo"), demo.said()
+        eventually(lambda: sum(store.counts().values()) > before, "the demo's first response is folded", 300)
     finally:
         store.close()
-        demo.kill()  # what the tap costs, which it measures at its end, is another test's
+        demo.kill()
 
 
 def test_prometheus_reaches_every_process(stack: Stack) -> None:
