@@ -55,8 +55,8 @@ class QueuePublisher:
         log: where to write.
         size: projections held in memory at most, those being written included.
         when_full: what gives way when the queue is full. What is being written can't any more: where the queue is
-            nothing else, "drop_oldest" drops the newest. With "spool" what the log does not take goes to disk, and the
-            newest are dropped when the disk takes no more either.
+            nothing else, "drop_oldest" drops the newest. With "spool" what the log does not take soon goes to disk, and
+            the newest are dropped when the disk takes no more either.
         topic: the log's topic.
         spool: directory of spools, one for each topic; each belongs to one process at a time.
         spool_bytes: most that the spool may hold.
@@ -68,8 +68,8 @@ class QueuePublisher:
     fork: threads do not survive one.
 
     What a spool holds outlives the process, and is sent before anything else by the next one; beside the queue, one
-    batch of it is in memory. What has only been queued is lost with a process that is killed: that is what came while
-    the log was believed to be there, so at most what comes during one unanswered write.
+    batch of it is in memory. What is only in memory is lost with a process that is killed: what came in the last tenth
+    of a second, in which the log may answer before the disk is asked, and while the disk was being written.
 
     Raises:
         ConfigurationError: no room at all, or a spool that can't be made or is another process's.
@@ -98,7 +98,6 @@ class QueuePublisher:
         self._waiting: deque[Message] = deque()
         self._writing: list[Message] = []
         self._closing = False
-        self._kept = False  # what is being written at the end is on disk, whatever comes of it
         self._deadline = float("inf")
         self._changed = Condition()
         self._resending: ResendingLog | None = None
@@ -157,28 +156,14 @@ class QueuePublisher:
             self._closing = True
             self._deadline = min(self._deadline, time.monotonic() + timeout)
             self._tell()
-        self._thread.join(timeout)
+        self._thread.join(None if self._resending else timeout)  # with a spool it waits for the disk only
         if self._resending:
-            self._leave(self._resending)
             self._resending.close(max(0.0, self._deadline - time.monotonic()))
         with self._changed:
             while self._waiting:
                 self._waiting.popleft()
-                self._drop("spool" if self._resending else "closed")
+                self._drop("closed")
             self._tell()
-
-    def _leave(self, resending: ResendingLog) -> None:
-        """Keep on disk what is left in memory. What the log is writing at the moment may then come twice."""
-        with self._changed:
-            left = [*self._writing, *self._waiting]
-        try:
-            if left:
-                resending.keep(left)
-        except AnchorwatchError:
-            return
-        with self._changed:
-            self._kept = True
-            self._waiting.clear()
 
     def _refused(self, count: int) -> None:
         with self._changed:
@@ -193,20 +178,27 @@ class QueuePublisher:
 
     def _tell(self) -> None:
         telemetry.PUBLISHER_QUEUE_DEPTH.set(len(self._waiting) + len(self._writing))
+        if self._resending and self._half_full():
+            self._resending.hurry.set()
         self._changed.notify_all()
+
+    def _half_full(self) -> bool:
+        return 2 * (len(self._waiting) + len(self._writing)) >= self._size
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting or time.monotonic() >= self._deadline:
+                if not self._waiting or (not self._resending and time.monotonic() >= self._deadline):
                     return
                 batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
                 self._writing = batch
+                if self._resending and not self._half_full():
+                    self._resending.hurry.clear()
             written = self._write(batch)
             with self._changed:
                 self._writing = []
-                if not written and not self._kept:
+                if not written:
                     for _ in batch:
                         self._drop("spool" if self._resending else "log")
                 self._tell()
@@ -216,10 +208,12 @@ class QueuePublisher:
         pause = FIRST_RETRY_SECONDS
         while True:
             try:
-                if self._resending:
+                if not self._resending:
+                    self._log.append(self._topic, batch)
+                elif time.monotonic() < self._deadline:
                     self._resending.append(batch)
                 else:
-                    self._log.append(self._topic, batch)
+                    self._resending.keep(batch)
                 return True
             except LogUnavailable as error:
                 _log.warning(

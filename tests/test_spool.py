@@ -34,7 +34,7 @@ from monitor.errors import ConfigurationError, LogError, LogUnavailable
 from monitor.events import decode_projection
 from monitor.settings import Settings
 from monitor.stream import KafkaOptions, open_log, open_topics
-from monitor.stream.log import PROJECTIONS, EmbeddedLog, Message
+from monitor.stream.log import PROJECTIONS, EmbeddedLog, Log, Message
 from monitor.stream.topics import TopicSpec
 
 ROOT = Path(__file__).parent.parent
@@ -344,7 +344,9 @@ def spooled(publisher: QueuePublisher) -> int:
     return publisher._resending._spool.records
 
 
-def test_a_long_outage_costs_disk_and_no_memory_and_everything_arrives_in_order(directory: Path) -> None:
+def test_a_long_outage_costs_disk_and_no_memory_and_everything_arrives_in_order(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = Away()
     into, out = counted(telemetry.PUBLISHER_SPOOLED), counted(telemetry.PUBLISHER_RESENT)
     with spooling(log, directory) as publisher:
@@ -360,6 +362,7 @@ def test_a_long_outage_costs_disk_and_no_memory_and_everything_arrives_in_order(
         assert publisher.dropped == 0
         assert counted(telemetry.PUBLISHER_SPOOLED) - into == counted(telemetry.PUBLISHER_RESENT) - out >= 3000
         before = counted(telemetry.PUBLISHER_SPOOLED)
+        monkeypatch.setattr("collectors.resend.PATIENCE_SECONDS", 60.0)
         publish_all(publisher, 5000, 10)
         assert publisher.flush(timeout=30)
         assert counted(telemetry.PUBLISHER_SPOOLED) == before  # past the disk again
@@ -367,7 +370,8 @@ def test_a_long_outage_costs_disk_and_no_memory_and_everything_arrives_in_order(
 
 
 class Flaky:
-    """Goes away and comes back at random; may have written before it says that it has not, whole or in part.
+    """Goes away and comes back at random; may have written before it says that it has not, whole or in part; may think
+    about it for longer than anybody waits.
 
     Some batches it refuses as a whole, as if too large, but none of their messages.
     """
@@ -379,6 +383,8 @@ class Flaky:
 
     def append(self, _topic: str, messages: Sequence[Message]) -> list[int]:
         fate = 1.0 if self.calm else self.chance.random()
+        if not self.calm and self.chance.random() < 0.3:
+            time.sleep(0.01)
         if fate < 0.2:
             self.taken += messages[: self.chance.randrange(len(messages) + 1)]
         if fate < 0.4:
@@ -396,6 +402,7 @@ def test_order_in_every_conversation_survives_a_log_that_comes_and_goes(
     monkeypatch.setattr("collectors.resend.FIRST_RETRY_SECONDS", 0.001)
     monkeypatch.setattr("collectors.resend.LONGEST_RETRY_SECONDS", 0.002)
     monkeypatch.setattr("collectors.resend.BATCH", 20)
+    monkeypatch.setattr("collectors.resend.PATIENCE_SECONDS", 0.003)
     log = Flaky(seed)
     chance = random.Random(seed + 100)
     sent = 0
@@ -410,6 +417,77 @@ def test_order_in_every_conversation_survives_a_log_that_comes_and_goes(
     with spooling(log, directory) as publisher:
         assert publisher.flush(timeout=30)
     assert once(ids(log.taken)) == [f"c{turn % 5}#{turn}" for turn in range(sent)]
+
+
+class Hanging(Away):
+    """Does not answer an append until it is told to; then it has taken what it was given, or has not."""
+
+    def __init__(self, takes: bool) -> None:
+        super().__init__(up=takes)
+        self.asked = threading.Event()
+        self.answer = threading.Event()
+
+    def append(self, topic: str, messages: Sequence[Message]) -> list[int]:
+        self.asked.set()
+        assert self.answer.wait(600)
+        return super().append(topic, messages)
+
+
+def publish_through(publisher: QueuePublisher, first: int, count: int, conversations: int = 1) -> None:
+    """Publish; memory must make room again and again, whatever the log does."""
+    for turn in range(first, first + count):
+        wait_until(lambda: len(publisher._waiting) + len(publisher._writing) < publisher._size)
+        assert publisher.publish(projection(f"c{turn % conversations}", turn))
+
+
+@pytest.mark.parametrize("takes", [True, False], ids=["taken late", "not taken"])
+@pytest.mark.parametrize("patience", [0.01, 60.0], ids=["after a while", "when memory is half full"])
+def test_nothing_is_dropped_during_an_append_that_is_not_answered(
+    directory: Path, takes: bool, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collectors.resend.PATIENCE_SECONDS", patience)
+    log = Hanging(takes)
+    with spooling(log, directory, size=50) as publisher:
+        publish_through(publisher, 0, 1000)
+        log.answer.set()
+        if not takes:
+            wait_until(lambda: publisher._resending._asked is None)  # type: ignore[union-attr]
+            log.up = True
+        publish_through(publisher, 1000, 100)
+        assert publisher.flush(timeout=30)
+        assert publisher.dropped == 0
+    assert log.turns == list(range(1100))  # each once: what was taken late is not sent again
+
+
+def test_during_an_append_that_is_not_answered_the_disk_soon_has_everything(directory: Path) -> None:
+    log = Hanging(takes=True)
+    with spooling(log, directory, size=10_000) as publisher:  # far from full
+        publish_all(publisher, 0, 1)
+        assert log.asked.wait(20)
+        publish_all(publisher, 1, 9)
+        wait_until(lambda: spooled(publisher) == 10)
+        log.answer.set()
+        assert publisher.flush(timeout=30)
+    assert log.turns == list(range(10))
+
+
+@pytest.mark.parametrize("sent_from", ["memory", "disk"])
+def test_a_late_answer_lets_go_of_nothing_but_what_was_taken(directory: Path, sent_from: str) -> None:
+    # The spool is lost while the log hangs. Its answer is not for what the new one holds.
+    log = Hanging(takes=True)
+    if sent_from == "disk":
+        with opened(directory / PROJECTIONS) as spool:
+            spool.put([message_of(projection("c", 0))])
+    with spooling(log, directory) as publisher:
+        if sent_from == "memory":
+            publish_all(publisher, 0, 1)
+        wait_until(lambda: log.asked.is_set() and spooled(publisher) == 1)
+        publisher._resending._spool._set_aside(LogError("damaged"))  # type: ignore[union-attr]
+        publish_all(publisher, 1, 5)
+        wait_until(lambda: spooled(publisher) == 5)
+        log.answer.set()
+        assert publisher.flush(timeout=30)
+    assert log.turns == list(range(6))
 
 
 def test_publishing_never_touches_the_disk(directory: Path) -> None:
@@ -581,16 +659,7 @@ def test_closing_leaves_on_disk_what_the_log_did_not_take(directory: Path) -> No
 
 
 def test_closing_while_the_log_hangs_leaves_everything_on_disk_in_order(directory: Path) -> None:
-    class Hanging(Away):
-        asked = threading.Event()
-        answer = threading.Event()
-
-        def append(self, _topic: str, messages: Sequence[Message]) -> list[int]:
-            self.asked.set()
-            self.answer.wait(60)
-            raise LogUnavailable("away")
-
-    log = Hanging()
+    log = Hanging(takes=False)
     publisher = QueuePublisher(log, size=1000, when_full="spool", spool=directory)  # type: ignore[arg-type]
     publish_all(publisher, 0, 1)
     assert log.asked.wait(20)
@@ -622,10 +691,10 @@ from monitor.telemetry import configure_logging
 
 configure_logging()
 log, spool, first, count, how = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-log = t.Away() if how == "away" else EmbeddedLog(log)
+log = {"away": t.Away, "hangs": lambda: t.Hanging(takes=True), "there": lambda: EmbeddedLog(log)}[how]()
 publisher = QueuePublisher(log, size=200, when_full="spool", spool=spool)
-t.publish_all(publisher, first, count, conversations=3)
-if how == "away":
+t.publish_through(publisher, first, count, conversations=3)
+if how != "there":
     t.wait_until(lambda: t.spooled(publisher) >= count)
 print("published", flush=True)
 sys.stdin.read()
@@ -641,6 +710,15 @@ def collecting(log: Path, directory: Path, first: int, count: int, how: str) -> 
         stderr=subprocess.DEVNULL,
         text=True,
     )
+
+
+def test_what_came_during_an_append_that_is_not_answered_survives_kill_9(tmp_path: Path, directory: Path) -> None:
+    process = collecting(tmp_path / "log.db", directory, 0, 1000, "hangs")
+    assert process.stdout is not None and process.stdout.readline() == "published\n"
+    process.kill()
+    process.wait(20)
+    with opened(directory / PROJECTIONS) as spool:
+        assert numbers_of(spool) == list(range(1000))
 
 
 def test_a_full_spool_survives_kill_9_at_any_moment_of_sending_it(tmp_path: Path, directory: Path) -> None:
@@ -667,7 +745,7 @@ def test_a_full_spool_survives_kill_9_at_any_moment_of_sending_it(tmp_path: Path
     log.close()
 
 
-# A real broker that is killed
+# A real broker that is killed, or hangs
 
 
 def test_a_broker_that_is_killed_gets_everything_when_it_is_back(own_kafka: Server, directory: Path) -> None:
@@ -688,13 +766,7 @@ def test_a_broker_that_is_killed_gets_everything_when_it_is_back(own_kafka: Serv
         publish_all(publisher, 2300, 100, conversations=4)
         assert publisher.flush(timeout=120)
         assert publisher.dropped == 0
-        arrived: dict[int, list[str]] = {}
-        for partition in range(log.partitions(topic)):
-            span = log.span(topic, partition)
-            for record in log.read(topic, partition, span.begin, span.end - span.begin):
-                event = decode_projection(record.value)
-                arrived.setdefault(event.turn % 4, []).append(event.id)
-                assert dict(record.headers)["ce_id"] == event.id.encode()
+        arrived = arrivals(log, topic)
         for conversation in range(4):
             sent = [f"c{conversation}#{turn}" for turn in range(2400) if turn % 4 == conversation]
             # What the broker acknowledged before it was killed is its to keep: neither of the two keeps all of it.
@@ -703,6 +775,43 @@ def test_a_broker_that_is_killed_gets_everything_when_it_is_back(own_kafka: Serv
     finally:
         publisher.close(timeout=5)
         log.close()
+
+
+def test_a_broker_that_hangs_costs_nothing_however_long(own_kafka: Server, directory: Path) -> None:
+    topic = fresh("spool")
+    url = f"kafka://{own_kafka.address}"
+    options = KafkaOptions(append_seconds=300.0)  # one append is unanswered all the while
+    make_topic(url, options, topic)
+    log = open_log(url, options)
+    publisher = QueuePublisher(log, size=50, when_full="spool", topic=topic, spool=directory)
+    try:
+        publish_all(publisher, 0, 100, conversations=4)
+        assert publisher.flush(timeout=60)
+        own_kafka.freeze()
+        publish_through(publisher, 100, 1500, conversations=4)
+        own_kafka.thaw()
+        publish_through(publisher, 1600, 100, conversations=4)
+        assert publisher.flush(timeout=120)
+        assert publisher.dropped == 0
+        arrived = arrivals(log, topic)
+        for conversation in range(4):
+            sent = [f"c{conversation}#{turn}" for turn in range(1700) if turn % 4 == conversation]
+            assert once(arrived[conversation]) == sent
+    finally:
+        publisher.close(timeout=5)
+        log.close()
+
+
+def arrivals(log: Log, topic: str) -> dict[int, list[str]]:
+    """What is in the log, in its order, of each of four conversations."""
+    arrived: dict[int, list[str]] = {}
+    for partition in range(log.partitions(topic)):
+        span = log.span(topic, partition)
+        for record in log.read(topic, partition, span.begin, span.end - span.begin):
+            event = decode_projection(record.value)
+            arrived.setdefault(event.turn % 4, []).append(event.id)
+            assert dict(record.headers)["ce_id"] == event.id.encode()
+    return arrived
 
 
 def make_topic(url: str, options: KafkaOptions, topic: str) -> None:
