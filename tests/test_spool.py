@@ -483,7 +483,9 @@ def test_a_late_answer_lets_go_of_nothing_but_what_was_taken(directory: Path, se
             publish_all(publisher, 0, 1)
         wait_until(lambda: log.asked.is_set() and spooled(publisher) == 1)
         publisher._resending._spool._set_aside(LogError("damaged"))  # type: ignore[union-attr]
-        publish_all(publisher, 1, 5)
+        publish_all(publisher, 1, 1)
+        wait_until(lambda: spooled(publisher) == 1)
+        publish_all(publisher, 2, 4)
         wait_until(lambda: spooled(publisher) == 5)
         log.answer.set()
         assert publisher.flush(timeout=30)
