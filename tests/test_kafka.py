@@ -185,8 +185,12 @@ class Running(threading.Thread):
     The store refuses a commit whose expected position is not the stored one, as the real ones do.
     """
 
-    def __init__(self, address: str, topic: str, group: str, store: dict[int, int], read: list[int]) -> None:
+    def __init__(
+        self, address: str, topic: str, group: str, store: dict[int, int], read: list[int], busy: float = 0.0
+    ) -> None:
+        """`busy` is for how many seconds it does something else between two polls."""
         super().__init__(daemon=True)
+        self._busy = busy
         self.subscription = KafkaSubscription(address, topic, group, QUICK)
         self.owned: frozenset[int] = frozenset()
         self._store, self._read = store, read
@@ -209,6 +213,7 @@ class Running(threading.Thread):
                         continue
                     self._store[batch.partition] = self._expected[batch.partition] = batch.records[-1].offset + 1
                     self._read.extend(int(record.value) for record in batch.records)
+            self._ended.wait(self._busy)
         self.subscription.close()
 
     def end(self) -> None:
@@ -246,6 +251,22 @@ def test_workers_share_a_topic_and_whoever_leaves_is_followed_at_once(kafka: Ser
         for each in (first, second):
             each.end()
         log.close()
+
+
+def test_workers_that_are_busy_between_polls_join_once(kafka: Server | Outside) -> None:
+    """A join that is answered meanwhile is thrown away by the library, and then all of them join again, and again."""
+    topic, group = make_topic(kafka.address, partitions=4), fresh("group")
+    workers = [Running(kafka.address, topic, group, {}, [], busy=1.0) for _ in range(2)]
+    try:
+        for number, worker in enumerate(workers, 1):
+            worker.start()
+            eventually(lambda number=number: [len(each.owned) for each in workers[:number]] == [4 // number] * number)
+        member = workers[1].subscription._membership
+        assert member is not None
+        assert member.consumer.group_metadata().generation_id <= 4
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 MEMBER = """
