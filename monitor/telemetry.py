@@ -210,5 +210,6 @@ def configure_logging(
             *last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Standard error as it is when a line is written, not as it was when this was set up.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )

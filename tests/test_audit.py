@@ -194,7 +194,7 @@ def test_the_same_events_give_the_same_findings_as_the_worker(
 ) -> None:
     log, store = live
     summary = audited_events(tmp_path / "out", sqlite_url(tmp_path / "log.db"), form=form)
-    told = store.findings(1_000_000)[::-1]
+    told = [one.finding for one in store.pending(1_000_000)]
     turns = rows(tmp_path / "out", "turns", form)
     found = [(row["conversation_id"], row["turn"], one) for row in turns for one in row["findings"]]
     assert [one["id"] for _, _, one in found] == [finding.id for finding in told]
@@ -823,7 +823,7 @@ def test_the_worker_and_the_audit_of_one_installation_agree(tmp_path: Path) -> N
     assert worker.wait(timeout=60) == 0
     done = anchorwatch("--events", "--out", tmp_path / "out", "--json", "--format", "jsonl", **settings)
     assert done.returncode == 0, done.stderr
-    told = store.findings(1000)[::-1]
+    told = [one.finding for one in store.pending(1000)]
     found = [one["id"] for row in rows(tmp_path / "out", "turns") for one in row["findings"]]
     assert found == [finding.id for finding in told] and len(found) > 10
     assert {finding.config_id for finding in told} == {json.loads(done.stdout)["provenance"]["config_id"]}

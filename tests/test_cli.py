@@ -419,7 +419,7 @@ def test_the_worker_folds_what_a_publisher_wrote_and_leaves_on_sigterm(calibrate
 
     expected = folded(events, calibrated)
     assert {finding.conversation_id for finding in expected} == {"c1", "c3", "c5"}
-    assert store.findings(1000)[::-1] == expected
+    assert [one.finding for one in store.pending(1000)] == expected
     position = store.position(PROJECTIONS, 0)
     assert position is not None and position.offset == len(events)
     log.close()
