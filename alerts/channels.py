@@ -29,6 +29,22 @@ class JsonLines:
         """Without a path, standard output."""
         self._path = path
 
+    def check(self) -> None:
+        """See at the start whether the file can be written; it is made when it is missing.
+
+        Raises:
+            ConfigurationError: it can't.
+        """
+        if self._path is None:
+            return
+        try:
+            _append(self._path, b"")
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self._path} can't be written: {error.strerror}",
+                cure="name a file in a directory that exists and that this user may write to",
+            ) from error
+
     def deliver(self, findings: Sequence[Finding]) -> None:
         """Write them all, or none. See `Channel.deliver`.
 

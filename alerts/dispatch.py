@@ -342,14 +342,14 @@ def run(settings: Settings, out: Path | None) -> None:
     Raises:
         ConfigurationError, LogError, StoreError: it can't begin, or somebody must look.
     """
-    from prometheus_client import start_http_server
-
+    channel = JsonLines(out)
+    channel.check()
     stop = stop_on_signals()
-    if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
+    telemetry.serve_metrics(settings.metrics_port)
+    _log.info("telling", store=connect.shown(settings.store_url), to=str(out or "standard output"))
     log, store = connect.log(settings), connect.store(settings)
     try:
-        Dispatcher(log, store, JsonLines(out), max_age=settings.page_max_age_seconds).run(stop)
+        Dispatcher(log, store, channel, max_age=settings.page_max_age_seconds).run(stop)
     finally:
         log.close()
         store.close()

@@ -41,6 +41,7 @@ from monitor.store.store import Actions, Housekeeping, Position
 from monitor.stream.log import ACTIONS, PROJECTIONS, Log, Message, Record, Span
 
 __all__ = [
+    "FORGET",
     "Acknowledgement",
     "Action",
     "ActionsFold",
@@ -408,7 +409,8 @@ class ActionsFold:
         offset = records[-1].offset + 1 if records else end
         changes = _changes(records)
         if asked := [key for key in changes if key.startswith(FORGET)]:
-            kept = self._store.actions(FORGET)
+            # From the beginning, nothing that is kept says that it was done: to forget twice does no harm.
+            kept = self._store.actions(FORGET) if expected else {}
             for key in asked:
                 if changes[key] != kept.get(key):  # else it is done, and what came since need not go
                     changes[DUE + key.removeprefix(FORGET)] = changes[key]

@@ -8,6 +8,7 @@ from its place on.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -43,6 +44,8 @@ POISON_WINDOW = 200
 POISON_LEAST = 20
 POISON_SHARE = 0.5
 _DETAIL_LENGTH = 500
+_KEY_LENGTH = 4096
+LARGEST_LETTER = 900 * 1024  # with its key and headers it still fits where the record itself did
 
 
 class Poison(NamedTuple):
@@ -218,14 +221,21 @@ def to_commit(
 
 
 def to_dead_letter(record: Record, poison: Poison) -> Message:
-    """The poison as it goes to the dead letters: its bytes untouched, its place as the key, the reason beside it."""
+    """The poison as it goes to the dead letters: its bytes untouched, its place as the key, the reason beside it.
+
+    What is so large that the letter would be refused is cut, and says how long it was and its sha256: poison must not
+    stop the line by its size. The record itself is in the log as long as that keeps it.
+    """
+    cut = len(record.value) > LARGEST_LETTER
+    whole = (("length", b"%d" % len(record.value)), ("sha256", hashlib.sha256(record.value).hexdigest().encode()))
     return Message(
         key=f"{record.topic}/{record.partition}/{record.offset}",
-        value=record.value,
+        value=record.value[:LARGEST_LETTER],
         headers=(
             ("reason", poison.reason.encode()),
             ("detail", poison.detail[:_DETAIL_LENGTH].encode(errors="replace")),
-            ("key", record.key.encode()),
+            ("key", record.key[:_KEY_LENGTH].encode()),
+            *(whole if cut else ()),
         ),
     )
 

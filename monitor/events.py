@@ -139,7 +139,7 @@ class Finding(Struct, frozen=True, kw_only=True, gc=False):
         budget: share of healthy conversations that may warn, where the boundary has one.
         certification: whether that budget is certified.
         config_id: id of the frozen baseline and detector settings that judged.
-        episode_id: hash of conversation, segment and the episode's first turn.
+        episode_id: hash of conversation and the response that opened the episode.
         nearest_roles: roles nearest to the response in persona space, nearest first.
         identity: how sure the collector was whose conversation it is: `given`, `derived`, `weak`, `unlinked`; empty
             where it did not say. A weak one may be two users' in one: it is shown, and pages nobody.
@@ -223,9 +223,10 @@ def decode_finding(data: bytes) -> Finding:
         raise EventError(f"not a finding: {error}", cure="see the contract in docs/design.md") from error
 
 
-def episode_id(conversation_id: str, segment: int, first_turn: int) -> str:
-    """Hash of conversation, segment and the episode's first turn: the same on every replay, 32 hex digits."""
-    return hashlib.sha256(f"{conversation_id}\x1f{segment}\x1f{first_turn}".encode()).hexdigest()[:32]
+def episode_id(conversation_id: str, opened_by: str) -> str:
+    """Hash of the conversation and of the id of the response that opened the episode: the same on every replay, and no
+    other episode's, also when a store has aged out all that came before. 32 hex digits."""
+    return hashlib.sha256(f"{conversation_id}\x1f{opened_by}".encode()).hexdigest()[:32]
 
 
 def now_utc() -> str:

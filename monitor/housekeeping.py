@@ -57,16 +57,19 @@ class Housekeeper:
         """Keep house until `stop` is set, then give the lease back. Nothing that fails ends it: it is told and tried
         again, since the folding goes on without it."""
         failing: dict[str, str] = {}
+        mine = False
         while not stop.is_set():
-            self.run_once(failing)
+            mine = self.run_once(failing, stop)
             stop.wait(ROUND_SECONDS)
+        if not mine or failing:  # who does not answer now would hold up the end, and the lease ends by itself
+            return
         try:
             self._store.release(LEASE, self._holder)
         except AnchorwatchError:
             _log.info("the lease is left to run out", seconds=LEASE_SECONDS)
 
-    def run_once(self, failing: dict[str, str] | None = None) -> bool:
-        """One round; True when the lease was had. `failing` remembers what has been told already."""
+    def run_once(self, failing: dict[str, str] | None = None, stop: threading.Event | None = None) -> bool:
+        """One round, ended early by `stop`; True when the lease was had. `failing` remembers what has been told."""
         failing = {} if failing is None else failing
         mine = False
 
@@ -79,6 +82,8 @@ class Housekeeper:
         if not mine:
             return False
         for duty in self._duties:
+            if stop is not None and stop.is_set():
+                break
             if self._clock() >= self._due[duty.name]:
                 _attempt(duty.name, duty.do, failing)
                 self._due[duty.name] = self._clock() + duty.seconds

@@ -31,6 +31,7 @@ from monitor.actions import (
     body_of,
     due,
     read_actions,
+    recorded_calibrations,
     withdraw,
 )
 from monitor.actions import forget as ask_to_forget
@@ -126,11 +127,18 @@ def forget(
     its retention ends.
     """
     with _log() as (settings, log):
+        known = _is_kept(settings, conversation)
         place = ask_to_forget(log, conversation, by=by)
         _taken_in(settings, log)
         left = _still_due(settings, conversation)
     if as_json:
         print(json.dumps({"conversation": conversation, "done": left is False, **msgspec.to_builtins(place)}))
+    elif left is False and known is False:
+        _stdout.print(
+            f"Nothing was kept of {conversation!r}: check the id. What the log may hold of it up to here is forgotten.",
+            markup=False,
+            soft_wrap=True,
+        )
     elif left is False:
         _stdout.print("Forgotten. The log keeps its records until its retention ends.", markup=False)
     else:
@@ -274,6 +282,10 @@ def calibration_activate(
         str, typer.Argument(help="What `anchorwatch calibrate` wrote, or a bundle's name or folder.")
     ],
     by: By,
+    new_axis: Annotated[
+        bool,
+        typer.Option("--new-axis", help="The collectors measure another axis from now on; this is its calibration."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge by another calibration from here on: a control record goes into every partition of the log.
@@ -282,6 +294,14 @@ def calibration_activate(
     """
     with _log() as (settings, log):
         config = connect.calibration(calibration, settings)
+        recorded = recorded_calibrations(log)
+        last = recorded(0, log.span(PROJECTIONS, 0).end)
+        if last is not None and last.axis_id != config.axis_id and not new_axis:
+            raise ConfigurationError(
+                f"this calibration is for another axis, {config.axis_id[:12]}, than the one in force, "
+                f"{last.axis_id[:12]}: what is measured on that one would be stored unjudged, and nobody told of it",
+                cure="give a calibration of the axis that the collectors measure; or --new-axis, where they change now",
+            )
         offsets = activate_calibration(log, config, by=by)
         _taken_in(settings, log)
     if as_json:
@@ -354,6 +374,17 @@ def _taken_in(settings: Settings, log: Log) -> None:
                 pass
         finally:
             store.close()
+
+
+def _is_kept(settings: Settings, conversation: str) -> bool | None:
+    """Whether the store has such a conversation; None where nobody knows."""
+    with _quietly():
+        store = connect.store(settings)
+        try:
+            return store.session(conversation) is not None
+        finally:
+            store.close()
+    return None
 
 
 def _still_due(settings: Settings, conversation: str) -> bool | None:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from monitor import telemetry
+from monitor.errors import ConfigurationError
 from monitor.settings import Settings, load_settings
 from monitor.stream.log import PROJECTIONS, Log
 
@@ -41,18 +42,22 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     Start as many as the topic has partitions, at most: they share them. The calibration given here judges only where
     none is in force yet; to change the one in force, use `anchorwatch calibration activate`.
     """
-    from prometheus_client import start_http_server
-
     from monitor import connect
     from monitor.actions import first_calibrations
     from monitor.housekeeping import Housekeeper
     from monitor.worker import Worker, collect_rarely, stop_on_signals
 
     settings = load_settings()
+    if settings.log_url.startswith("kafka:") and "ANCHORWATCH_STORE_URL" not in os.environ:
+        # It would take partitions from the workers that have a store, and fold them where nobody looks.
+        raise ConfigurationError(
+            "the log is Kafka, and no store is named",
+            cure="set ANCHORWATCH_STORE_URL, to the same store in every worker of the group; for one worker alone it "
+            "may be a file: sqlite:///absolute/path",
+        )
     config = connect.calibration(bundle if calibration is None else str(calibration), settings)
     stop = stop_on_signals()
-    if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
+    telemetry.serve_metrics(settings.metrics_port)
     _advise(settings)
     log = connect.log(settings)
     store = connect.store(settings)
@@ -140,14 +145,16 @@ def replay(
     Two replays of one log print the same bytes. The calibration given here judges only where the log says none.
     """
     from monitor import connect
-    from monitor.actions import recorded_calibrations
+    from monitor.actions import FORGET, recorded_calibrations
     from monitor.events import encode
     from monitor.replay import replay as replayed
 
     settings = load_settings()
     config = connect.calibration(bundle if calibration is None else str(calibration), settings)
     log = connect.log(settings)
-    digest, found, outcomes, dead = hashlib.sha256(), {}, Counter[str](), Counter[str]()
+    digest, outcomes, dead = hashlib.sha256(), Counter[str](), Counter[str]()
+    found: dict[str, tuple[str, bytes]] = {}
+    talks: set[str] = set()
     out = sys.stdout.buffer
     try:
         for part in replayed(log, config, recorded=recorded_calibrations(log)):
@@ -155,7 +162,8 @@ def replay(
             dead.update(part.dead)
             for finding in part.findings:
                 line = encode(finding) + b"\n"
-                found[finding.id] = line
+                found[finding.id] = finding.conversation_id, line
+                talks.add(finding.conversation_id)
                 digest.update(line)
                 out.write(line)
     finally:
@@ -169,16 +177,24 @@ def replay(
     if check:
         store = connect.store(settings)
         try:
-            stored = {one.id: encode(one) + b"\n" for one in store.findings(sys.maxsize) if one.kind != "fleet_shift"}
+            forgotten = {key.removeprefix(FORGET) for key in store.actions(FORGET)}
+            aged = {one for one in talks if one not in forgotten and store.session(one) is None}
+            compared = talks - forgotten - aged
+            stored = {
+                one.id: encode(one) + b"\n" for talk in compared for one in store.findings(10_000, conversation_id=talk)
+            }
         finally:
             store.close()
-        lacks = found.keys() - stored.keys()
-        other = {id for id in found.keys() & stored.keys() if found[id] != stored[id]}
-        beyond = stored.keys() - found.keys()
+        expected = {id: line for id, (talk, line) in found.items() if talk in compared}
+        lacks = expected.keys() - stored.keys()
+        other = {id for id in expected.keys() & stored.keys() if expected[id] != stored[id]}
+        earlier = stored.keys() - expected.keys()
         _stderr.print(
-            f"In the store: {len(stored)}; missing there: {len(lacks)}, different: {len(other)}, "
-            f"not in this replay: {len(beyond)}",
+            f"Of {len(compared)} conversations with findings, the store has {len(stored)} findings; missing there: "
+            f"{len(lacks)}, different: {len(other)}, from before the log begins: {len(earlier)}. Not compared: "
+            f"{len(talks & forgotten)} that were forgotten, {len(aged)} that the store no longer keeps.",
             highlight=False,
+            soft_wrap=True,
         )
-        if lacks or other or beyond:
+        if lacks or other:
             raise typer.Exit(1)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from prometheus_client import start_http_server
 from rich.console import Console
 from rich.table import Table
 
@@ -56,8 +55,7 @@ def api() -> None:
         rate=settings.api_rate,
         patience_seconds=settings.api_patience_seconds,
     )
-    if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, registry=telemetry.REGISTRY)
+    telemetry.serve_metrics(settings.metrics_port)
     log = connect.log(settings)
     host, port = listener.getsockname()[:2]
     scheme = "http" if settings.api_tls_certificate is None else "https"

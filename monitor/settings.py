@@ -95,7 +95,8 @@ class Settings(BaseSettings):
         default="anchorwatch",
         min_length=1,
         max_length=249,
-        description="Consumer group of the workers of one store. Another store on the same topic needs another.",
+        description="Consumer group of the workers of one store. Another store on the same topic needs another, and "
+        "must have no dispatcher: what one has told is noted for all.",
     )
     kafka_security_protocol: Annotated[
         Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"], BeforeValidator(_lower)

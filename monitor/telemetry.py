@@ -9,7 +9,9 @@ import sys
 from typing import Literal
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from monitor.errors import ConfigurationError
 
 __all__ = [
     "BATCH_SECONDS",
@@ -48,6 +50,7 @@ __all__ = [
     "WORKER_PAUSED",
     "WORKER_WAITING",
     "configure_logging",
+    "serve_metrics",
 ]
 
 REGISTRY = CollectorRegistry(auto_describe=True)
@@ -185,6 +188,23 @@ HTTP_PROJECTIONS = Counter(
 HTTP_QUEUE_BYTES = Gauge(
     "anchorwatch_http_queue_bytes", "Bytes of all HTTP requests that are not answered yet", registry=REGISTRY
 )
+
+
+def serve_metrics(port: int | None) -> None:
+    """Serve the instruments on a port, from a thread; on None, not at all.
+
+    Raises:
+        ConfigurationError: the port can't be had.
+    """
+    if port is None:
+        return
+    try:
+        start_http_server(port, registry=REGISTRY)
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't listen on port {port} for the metrics: {error.strerror}",
+            cure="choose another ANCHORWATCH_METRICS_PORT: each process of one machine needs its own",
+        ) from error
 
 
 def configure_logging(

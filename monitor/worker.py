@@ -126,6 +126,7 @@ class Worker:
         self._clock = clock
         self._wall_clock = wall_clock
         self._shares: dict[int, _Share] = {}
+        self._reached: dict[int, int] = {}  # partition → the offset up to which it is folded, for the lag
         self._assigned: frozenset[int] = frozenset()
         self._partitions = 1
         self._look_next = clock() + LOOK_SECONDS
@@ -189,6 +190,7 @@ class Worker:
             except (LogUnavailable, StoreUnavailable) as error:
                 failures += 1
                 telemetry.WORKER_WAITING.set(1)
+                self._measure_lag()
                 stop.wait(_backoff(failures, error, jitter()))
                 continue
             if failures:
@@ -219,6 +221,9 @@ class Worker:
                 self._shares.clear()  # keys are placed anew; the store refuses that, and says the cure
         for partition in self._shares.keys() - assigned:
             del self._shares[partition]
+        for partition in list(self._reached.keys() - assigned):
+            del self._reached[partition]
+            telemetry.LAG.remove(partition)  # whoever has it now says how far behind it is
         for partition in self.paused.keys() - assigned:
             del self.paused[partition]  # whoever has it now finds out for itself
             telemetry.WORKER_PAUSED.labels(partition).set(0)
@@ -230,10 +235,22 @@ class Worker:
                 continue
             self._subscription.seek(partition, offset)
             self._shares[partition] = share
+            self._reached[partition] = offset
+            telemetry.LAG.labels(partition)
         if look:
             self._look_next = self._clock() + LOOK_SECONDS
+            self._measure_lag()
             self._look()
         return settled
+
+    def _measure_lag(self) -> None:
+        """How far behind each partition is, also while nothing is committed: paused, or with the store away."""
+        for partition, offset in self._reached.items():
+            try:
+                end = self._log.span(self.topic, partition).end
+            except LogError:
+                return  # the log's own absence is told elsewhere
+            telemetry.LAG.labels(partition).set(max(0, end - offset))
 
     def _look(self) -> None:
         """See whether the store still stands where it did. Who has nothing to commit would never learn that it was
@@ -286,6 +303,10 @@ class Worker:
         share = self._shares.get(batch.partition)
         if share is None:  # refused or paused a moment ago
             return self._settle()
+        if share.expected and batch.records[0].offset < share.expected.offset:
+            _log.error("records came again; they are read anew", topic=self.topic, partition=batch.partition)
+            self._drop(batch.partition)
+            return self._settle()
         folded = self._fold_records(batch, share)
         settled = self._settle()
         if self._shares.get(batch.partition) is not share:  # what this was folded from is not what the store has
@@ -318,6 +339,7 @@ class Worker:
         if folded.config:
             _log.info("a calibration came into force", partition=batch.partition, config_id=folded.config.config_id)
         telemetry.BATCH_SECONDS.observe(self._clock() - started)
+        self._reached[batch.partition] = folded.offset
         telemetry.LAG.labels(batch.partition).set(max(0, batch.end - folded.offset))
         self._tell(batch.partition, folded)
         if mostly_poison(folded.poison):

@@ -143,7 +143,7 @@ def test_a_finding_carries_all_that_the_reader_needs() -> None:
     assert finding.risk == 1.25
     assert (finding.budget, finding.certification) == (0.01, "certified")
     assert finding.config_id == CONFIG.config_id
-    assert finding.episode_id == episode_id("c", 0, 0)
+    assert finding.episode_id == episode_id("c", "r0")
     assert finding.nearest_roles == ["ghost", "pirate"]
     assert (finding.conversation_id, finding.deployment, finding.axis_id) == ("c", "d", "axis")
     assert finding.time == "2026-03-01T00:00:00Z"
@@ -293,7 +293,7 @@ def test_a_turn_that_comes_behind_is_folded_where_it_stands_in_the_log() -> None
     assert [each.outcome for each in steps] == ["folded", "folded", "folded", "branch"]
     assert steps[2].state.last_turn == 2
     assert steps[2].state.ewma == pytest.approx(-2.4)
-    assert findings(steps)[0].episode_id == episode_id("c", 0, 1)
+    assert findings(steps)[0].episode_id == episode_id("c", "r1")
 
 
 def test_a_leap_of_turns_costs_no_memory() -> None:
@@ -320,7 +320,7 @@ def test_a_gap_starts_a_new_segment_and_forgets_the_old_statistics() -> None:
     steps = fold([response(0, 0.0), response(1, -9.0), response(2, -3.0, seconds=86401)])
     assert (steps[1].state.segment, steps[2].state.segment) == (0, 1)
     assert told(steps)[-1] == (2, "low_start", "warning", "level")
-    assert findings(steps)[-1].episode_id == episode_id("c", 1, 2)
+    assert findings(steps)[-1].episode_id == episode_id("c", "r2")
     assert (steps[2].state.lapsed, steps[2].state.first_turn, steps[2].state.start) == (1, 2, -3.0)
     assert not [f for f in findings(steps) if f.kind == "recovered"]
 

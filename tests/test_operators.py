@@ -17,7 +17,7 @@ import typer
 from service import CONFIG, POISON, message, projection
 from typer.testing import CliRunner, Result
 
-from monitor import telemetry
+from monitor import connect, telemetry
 from monitor.actions import ActionsFold, Silence, append_action, body_of, read_actions
 from monitor.backtest import read_verdicts
 from monitor.database import sqlite_url
@@ -321,6 +321,19 @@ def test_a_calibration_is_activated_and_shown_before_and_after_it_is_folded(here
     (row,) = here.says("calibration", "show")
     assert row == {"partition": 0, "in_force": other.config_id, "offset": 3, "ahead": {}}
     assert other.config_id in here.anchorwatch("calibration", "show").stdout
+
+
+def test_a_calibration_of_another_axis_is_refused_unless_it_is_meant(here: Installation) -> None:
+    """Responses of the old axis would be stored unjudged: detection would end without a word."""
+    here.says("calibration", "activate", "smollm2", "--by", "ann")
+    shipped = connect.calibration("smollm2")
+    baselines = {name: msgspec.structs.replace(one, axis_id="another") for name, one in shipped.baselines.items()}
+    file = here.folder / "another.json"
+    file.write_bytes(msgspec.structs.replace(shipped, axis_id="another", baselines=baselines).to_json())
+    end = here.log.span(PROJECTIONS, 0).end
+    assert "another axis" in here.refuses("calibration", "activate", file, "--by", "ann")
+    assert here.log.span(PROJECTIONS, 0).end == end
+    assert here.says("calibration", "activate", file, "--by", "ann", "--new-axis")["offsets"] == {"0": end}
 
 
 def test_a_calibration_that_is_not_there_changes_nothing(here: Installation) -> None:

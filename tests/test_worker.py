@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import signal
 import sqlite3
@@ -264,6 +265,18 @@ def test_a_dead_letter_keeps_the_bytes_the_place_and_the_reason(log: EmbeddedLog
     assert store.counts() == {"dead_letter": 3, "folded": 1}
 
 
+def test_a_dead_letter_fits_where_the_record_did_and_says_what_it_was(log: EmbeddedLog, store: SqliteStore) -> None:
+    huge = b"{" + bytes(1024 * 1024 - 100)
+    log.append(PROJECTIONS, [Message("k" * 5000, huge), message(projection("a", 0))])
+    drain(Worker(log, store, CONFIG))
+    (letter,) = dead_letters(log)
+    headers = dict(letter.headers)
+    assert huge.startswith(letter.value) and len(letter.value) + len(headers["key"]) < 1024 * 1024 - 4096
+    assert headers["length"] == b"%d" % len(huge)
+    assert headers["sha256"] == hashlib.sha256(huge).hexdigest().encode()
+    assert store.counts() == {"dead_letter": 1, "folded": 1}
+
+
 def test_an_exception_of_the_fold_is_poison_and_leaves_the_state_alone(log: EmbeddedLog, store: SqliteStore) -> None:
     def fragile(state: ConversationState | None, event: Projection, config: object) -> Step:
         if event.turn == 1:
@@ -337,6 +350,23 @@ def test_while_the_store_is_away_it_waits_longer_and_longer_then_catches_up(
     waits = until_idle(worker, *[lambda: None] * 4, lambda: blocker.execute("ROLLBACK"))
     assert waits.seconds == [0.05, 0.1, 0.2, 0.4, 0.8]
     assert metric("anchorwatch_worker_waiting") == 0
+    assert metric("anchorwatch_lag_records", partition="0") == 0
+
+
+def test_the_lag_grows_while_the_store_is_away(log: EmbeddedLog, store: SqliteStore, tmp_path: Path) -> None:
+    worker = Worker(log, store, CONFIG)
+    log.append(PROJECTIONS, [message(projection("a", 0))])
+    drain(worker)
+    blocker = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    log.append(PROJECTIONS, [message(projection("a", turn)) for turn in range(1, 8)])
+    seen: list[float] = []
+    waits = Waits(lambda: seen.append(metric("anchorwatch_lag_records", partition="0")))
+    worker.run(waits, jitter=lambda: 0.0)
+    blocker.execute("ROLLBACK")
+    assert (seen, metric("anchorwatch_worker_waiting")) == ([7.0], 1)
+    drain(worker)
+    assert metric("anchorwatch_lag_records", partition="0") == 0
     assert_same(log, store)
 
 
@@ -467,6 +497,21 @@ def test_metrics_count_what_was_committed(log: EmbeddedLog, store: SqliteStore) 
     assert metric("anchorwatch_lag_records", partition="0") == 0
     assert metric("anchorwatch_responses_total", outcome="folded") == before + 4
     assert metric("anchorwatch_dead_letters_total", reason="undecodable") == dead + 1
+
+
+def test_drift_after_a_conversation_was_deleted_is_news(log: EmbeddedLog, store: SqliteStore) -> None:
+    """Who has been told of one episode must be told of the next, though nothing is left of the first."""
+    worker = Worker(log, store, CONFIG)
+    log.append(PROJECTIONS, [message(projection("a", 0, -9.0))])
+    drain(worker)
+    (before,) = store.findings(10)
+    store.forget("a")
+    log.append(PROJECTIONS, [message(projection("a", 0, -9.0, resent="another response"))])
+    drain(worker)
+    drain(worker)
+    (after,) = store.findings(10)
+    assert (before.kind, before.turn) == (after.kind, after.turn)
+    assert before.id != after.id and before.episode_id != after.episode_id
 
 
 # Which calibration judges.

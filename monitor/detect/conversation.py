@@ -48,7 +48,7 @@ class Episode(Struct, frozen=True, array_like=True, gc=False):
     """An excursion that has been told and is not over.
 
     Attributes:
-        id: hash of conversation, segment and `first_turn`.
+        id: hash of conversation and the response that opened it.
         first_turn: the turn that opened it.
         severity: the worst that has been told, `warning` or `critical`.
         kind: what opened it.
@@ -229,7 +229,7 @@ def _fold(
     if episode is None:
         if worst.risk >= 1.0:
             episode = Episode(
-                id=episode_id(projection.conversation_id, now.segment, projection.turn),
+                id=episode_id(projection.conversation_id, projection.id),
                 first_turn=projection.turn,
                 severity=_severity(statistics, boundaries),
                 kind=_kind(worst.statistic, first),

@@ -93,7 +93,8 @@ def _explain(error: kafka_errors.KafkaError, bootstrap: str, topic: str) -> LogE
             return LogError(
                 f"{where} does not allow this user what is needed of {topic or 'the cluster'}: {type(error).__name__}",
                 cure="grant it: a collector Write and Describe on the topic; a worker Read and Describe on it, Write "
-                "on the dead letters, and Read on its group",
+                "on the dead letters, Read and Write on the actions, and Read on its group; a dispatcher Read and "
+                "Write on the actions",
             )
         case kafka_errors.MessageSizeTooLargeError() | kafka_errors.RecordListTooLargeError():
             return LogError(
