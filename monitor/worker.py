@@ -150,6 +150,8 @@ class Worker:
         try:
             handled += self._claim()
         except BaseException:
+            # Also those that have just gone: they may come back within the poll, at rest, and must be sought then.
+            self._shares.clear()
             for partition in self._subscription.assigned():
                 self._drop(partition)
             self._subscription.poll(self._batch_size, 0.0)  # all are at rest: this only keeps the place in the group
@@ -190,7 +192,8 @@ class Worker:
             except (LogUnavailable, StoreUnavailable) as error:
                 failures += 1
                 telemetry.WORKER_WAITING.set(1)
-                self._measure_lag()
+                for partition in self._reached:
+                    self._measure_lag(partition)
                 stop.wait(_backoff(failures, error, jitter()))
                 continue
             if failures:
@@ -239,18 +242,21 @@ class Worker:
             telemetry.LAG.labels(partition)
         if look:
             self._look_next = self._clock() + LOOK_SECONDS
-            self._measure_lag()
             self._look()
+            for partition in self.paused:
+                self._measure_lag(partition)
         return settled
 
-    def _measure_lag(self) -> None:
-        """How far behind each partition is, also while nothing is committed: paused, or with the store away."""
-        for partition, offset in self._reached.items():
-            try:
-                end = self._log.span(self.topic, partition).end
-            except LogError:
-                return  # the log's own absence is told elsewhere
-            telemetry.LAG.labels(partition).set(max(0, end - offset))
+    def _measure_lag(self, partition: int) -> None:
+        """How far behind a partition is of which nothing is committed: it is paused, or the store is away.
+
+        Of the others each commit tells it; to ask the log about all of them would hold up the loop.
+        """
+        try:
+            end = self._log.span(self.topic, partition).end
+        except LogError:
+            return  # the log's own absence is told elsewhere
+        telemetry.LAG.labels(partition).set(max(0, end - self._reached.get(partition, end)))
 
     def _look(self) -> None:
         """See whether the store still stands where it did. Who has nothing to commit would never learn that it was
