@@ -30,8 +30,11 @@ Floats = NDArray[np.floating]
 
 def unit(vectors: Floats) -> Floats:
     """Scale vectors [..., hidden] to length 1; a zero vector stays zero."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 0, lengths, 1.0))
+    # By a power of two first, which is exact: the squares of very small or large numbers would lose their digits.
+    _, exponents = np.frexp(np.abs(vectors).max(axis=-1, keepdims=True))
+    scaled = np.ldexp(vectors, -exponents)
+    lengths = np.linalg.norm(scaled, axis=-1, keepdims=True)
+    return np.asarray(scaled / np.where(lengths > 0, lengths, 1.0))
 
 
 def assistant_axis(default_mean: Floats, role_vectors: Floats) -> Floats:
