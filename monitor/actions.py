@@ -7,12 +7,16 @@ withdraws it.
 =====================================  ================  ==============================================================
 key                                    body              what it does
 =====================================  ================  ==============================================================
-`acknowledge/<finding id>`             `Acknowledgement`  nobody is told of the finding (again)
+`acknowledge/<finding or alert id>`    `Acknowledgement`  nobody is told of it (again), but of its end
 `verdict/<conversation id>`            `Verdict`         what a person found the conversation to be
 `silence/<name>`                       `Silence`         nobody is told of what it matches, until a moment
 `forget/<conversation id>`             `Forgetting`      delete what the store keeps of what was logged up to a place
 `calibration/<topic>/<part.>/<offs.>`  `Activation`      a control record there put a calibration into force
 `config/<config id>`                   `DetectorConfig`  that calibration
+`resolve/<alert id>`                   `Acknowledgement`  the alert is over, by word of an operator
+`paging/mode`                          `Paging`          whether anybody is told at all, or Anchorwatch only watches
+`alert/<alert id>`                     `Alert`           what the dispatcher knows of an alert, and who has been told
+`notification/<integration>/<group>`   `Notification`    the last message of a group, written down before it is sent
 `told/<finding id>`                    `Told`            a channel has taken the finding
 =====================================  ================  ==============================================================
 
@@ -32,6 +36,7 @@ import msgspec
 import structlog
 from msgspec import Meta, Struct
 
+from monitor.alert import Alert, Notification
 from monitor.control import calibration_message
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import CommitRefused, ConfigurationError, EventError, LogError
@@ -49,6 +54,7 @@ __all__ = [
     "Body",
     "Forgetting",
     "Kind",
+    "Paging",
     "Silence",
     "Told",
     "Verdict",
@@ -67,7 +73,19 @@ __all__ = [
     "withdraw",
 ]
 
-Kind = Literal["acknowledge", "verdict", "silence", "forget", "calibration", "config", "told"]
+Kind = Literal[
+    "acknowledge",
+    "verdict",
+    "silence",
+    "forget",
+    "calibration",
+    "config",
+    "told",
+    "resolve",
+    "paging",
+    "alert",
+    "notification",
+]
 
 FORGET = "forget/"
 DUE = "due/"  # in the store only, before the name of a conversation that is still to be forgotten
@@ -129,6 +147,13 @@ class Activation(Struct, frozen=True):
     config_id: Name
 
 
+class Paging(Struct, frozen=True):
+    """shadow: alerts are made and shown, and nobody is told; live: they are sent. A new installation is in shadow."""
+
+    mode: Literal["shadow", "live"]
+    note: Text = ""
+
+
 class Told(Struct, frozen=True):
     """Which channel took the finding, and its episode."""
 
@@ -136,7 +161,18 @@ class Told(Struct, frozen=True):
     channel: Name
 
 
-Body: TypeAlias = Acknowledgement | Verdict | Silence | Forgetting | Activation | DetectorConfig | Told
+Body: TypeAlias = (
+    Acknowledgement
+    | Verdict
+    | Silence
+    | Forgetting
+    | Activation
+    | DetectorConfig
+    | Told
+    | Paging
+    | Alert
+    | Notification
+)
 
 _BODIES: dict[str, type[Body]] = {
     "acknowledge": Acknowledgement,
@@ -146,6 +182,10 @@ _BODIES: dict[str, type[Body]] = {
     "calibration": Activation,
     "config": DetectorConfig,
     "told": Told,
+    "resolve": Acknowledgement,
+    "paging": Paging,
+    "alert": Alert,
+    "notification": Notification,
 }
 
 

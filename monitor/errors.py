@@ -115,6 +115,10 @@ class ChannelError(AnchorwatchError):
 
 
 class ChannelUnavailable(ChannelError):
-    """A channel does not take anything now."""
+    """A channel does not take anything now. `retry_after`: not before so many seconds, where it said so."""
 
     retry = True
+
+    def __init__(self, problem: str, *, cure: str = "", retry_after: float | None = None) -> None:
+        super().__init__(problem, cure=cure)
+        self.retry_after = retry_after
