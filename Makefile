@@ -21,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-EXTRAS := collect,smollm2,plot,audit,service,dev
+EXTRAS := collect,smollm2,plot,audit,service,grafana,otel,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak check bench secrets clean
