@@ -15,7 +15,16 @@ import hypothesis
 import msgspec
 import numpy as np
 import pytest
-from servers import brokers, kafka, own_kafka, own_redis, shared_redis  # noqa: F401  (known to every test by this)
+from receiver import receiver  # noqa: F401  (known to every test by this; so are the next)
+from servers import (  # noqa: F401
+    brokers,
+    kafka,
+    own_alertmanager,
+    own_kafka,
+    own_prometheus,
+    own_redis,
+    shared_redis,
+)
 
 from monitor.axis.bundle import Bundle, BundleInfo, new_bundle
 from monitor.events import Projection

@@ -1,4 +1,5 @@
-"""Real servers for the tests: two brokers that speak Kafka's protocol, and Redis, each a process on a loopback port.
+"""Real servers for the tests: two brokers that speak Kafka's protocol, Redis, Prometheus and Alertmanager, each a
+process on a loopback port.
 
 A test may kill, stop, freeze and restart the ones it started itself; port and directory stay the same. Where
 ANCHORWATCH_TEST_KAFKA=host:port or ANCHORWATCH_TEST_REDIS=redis://... is set, the shared fixtures use that server
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import http.client
 import os
 import random
 import shutil
@@ -56,7 +58,7 @@ class Server:
     """One process that listens on one port. Made stopped; `start` returns when it answers.
 
     Attributes:
-        name: which program: noida, tansu, redis.
+        name: which program: noida, tansu, redis, alertmanager, prometheus.
         host, port, address: where it listens; `address` is host:port.
         directory: where it keeps its data, and its output in `output`.
     """
@@ -206,6 +208,44 @@ def redis(directory: Path, *arguments: str, port: int | None = None) -> Server:
     return Server("redis", command, directory, port=port, answers=_pongs)
 
 
+QUIET = "route: {receiver: nobody}\nreceivers: [{name: nobody}]\n"
+
+
+def alertmanager(directory: Path, config: str = QUIET, *, port: int | None = None) -> Server:
+    """Alertmanager with that configuration (YAML), made but not started. By itself, in no cluster."""
+    binary = _installed("prometheus-alertmanager")
+
+    def command(port: int, directory: Path) -> list[str]:
+        place = [f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address=", "--data.retention=1h"]
+        files = [f"--config.file={directory / 'alertmanager.yml'}", f"--storage.path={directory / 'data'}"]
+        return [binary, *place, *files]
+
+    server = Server("alertmanager", command, directory, port=port, answers=_is_ready)
+    (directory / "alertmanager.yml").write_text(config)
+    return server
+
+
+def prometheus(directory: Path, config: str, *, port: int | None = None) -> Server:
+    """Prometheus with that configuration (YAML), made but not started. Rule files are found from its directory."""
+    binary = _installed("prometheus")
+
+    def command(port: int, directory: Path) -> list[str]:
+        files = [f"--config.file={directory / 'prometheus.yml'}", f"--storage.tsdb.path={directory / 'data'}"]
+        return [binary, f"--web.listen-address=127.0.0.1:{port}", "--web.enable-lifecycle", *files]
+
+    server = Server("prometheus", command, directory, port=port, answers=_is_ready)
+    (directory / "prometheus.yml").write_text(config)
+    return server
+
+
+def amtool(server: Server, *arguments: str) -> str:
+    """What Alertmanager's own tool prints when it asks that server, such as `amtool(server, "alert", "-o", "json")`."""
+    url = f"--alertmanager.url=http://{server.address}"
+    done = subprocess.run([_installed("amtool"), url, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def make_topic(address: str, *, partitions: int = 1, name: str | None = None, **config: str) -> str:
     """A topic of that name, or of one that no other test uses. `config` has underscores for Kafka's dots."""
     from monitor.stream.kafka import KafkaTopics
@@ -240,6 +280,26 @@ def _pongs(host: str, port: int) -> bool:
         connection.sendall(b"PING\r\n")
         return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
     return False
+
+
+def _is_ready(host: str, port: int) -> bool:
+    """Whether Prometheus or Alertmanager says so."""
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", "/-/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _installed(program: str) -> str:
+    binary = shutil.which(program)
+    if binary is None:
+        package = "prometheus" if program in ("prometheus", "promtool") else "prometheus-alertmanager"
+        pytest.skip(f"{program} is not installed; Debian and Ubuntu: apt-get install {package}")
+    return binary
 
 
 # Fixtures; tests/conftest.py makes them known everywhere.
@@ -303,3 +363,29 @@ def own_redis(tmp_path: Path) -> Iterator[Server]:
         yield server.start()
     finally:
         server.kill()
+
+
+@pytest.fixture
+def own_alertmanager(tmp_path: Path) -> Iterator[Server]:
+    """This test's own Alertmanager, running, that tells nobody: do to it what you like."""
+    server = alertmanager(tmp_path / "alertmanager")
+    try:
+        yield server.start()
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def own_prometheus(tmp_path: Path) -> Iterator[Callable[[str], Server]]:
+    """Configuration (YAML) → this test's own Prometheus, running with it."""
+    started: list[Server] = []
+
+    def running(config: str) -> Server:
+        started.append(prometheus(tmp_path / f"prometheus-{len(started)}", config))
+        return started[-1].start()
+
+    try:
+        yield running
+    finally:
+        for server in started:
+            server.kill()
