@@ -105,7 +105,7 @@ class Keys:
         return key if key and matches and key.revoked is None else None
 
     def known(self, identifier: str) -> Key | None:
-        """The key with this id, as long as it opens anything: for whoever has shown it before. Looks at the file first."""
+        """The key with this id while it opens anything: for whoever has shown it before. Looks at the file first."""
         self._refresh()
         if self._open:
             return ANYBODY
