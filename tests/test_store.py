@@ -31,6 +31,7 @@ from monitor.store.store import (
     MinuteSums,
     Position,
     Progress,
+    Rank,
     Session,
     Store,
     TrajectoryPoint,
@@ -247,6 +248,39 @@ def test_sessions_come_riskiest_first_and_unjudged_ones_last(store: Backend) -> 
     assert store.sessions(10, deployment="nobody") == []
     pirate = store.session("pirate")
     assert pirate and (pirate.outcome, pirate.risk, pirate.z) == ("learning", None, None)
+
+
+@pytest.mark.parametrize("deployment", [None, "shop", "pirates"])
+def test_a_ranking_read_by_the_page_is_the_ranking(store: Backend, deployment: str | None) -> None:
+    writer = Writer(store)
+    for number in range(23):  # many have the same risk, and many none
+        writer.commit(projection(f"c{number}", 0, -1.1 * (number % 4)))
+        writer.commit(projection(f"p{number}", 0, -9.0, deployment="pirates"))
+    whole = store.sessions(100, deployment=deployment)
+    for size in (1, 3, 7, 50):
+        read: list[Session] = []
+        while page := store.sessions(size, after=rank(read[-1]) if read else None, deployment=deployment):
+            read += page
+        assert read == whole, size
+    for at, last in enumerate(whole):
+        assert store.sessions(4, after=rank(last), offset=3, deployment=deployment) == whole[at + 4 : at + 8]
+    assert store.sessions(5, after=Rank(1e9, "x"), deployment=deployment) == whole[:5]
+    assert store.sessions(5, after=Rank(None, "~"), deployment=deployment) == []
+
+
+def test_a_page_goes_on_where_the_last_one_ended_also_when_that_session_has_moved_or_is_gone(store: Backend) -> None:
+    writer = Writer(store)
+    for number in range(6):
+        writer.commit(projection(f"c{number}", 0, -3.3 + 0.5 * number))
+    first = store.sessions(3)
+    writer.commit(projection("c2", 1, -9.0))
+    store.forget("c1")
+    assert [s.conversation_id for s in store.sessions(9, after=rank(first[2]))] == ["c3", "c4", "c5"]
+    assert [s.conversation_id for s in store.sessions(9, after=rank(first[1]))] == ["c3", "c4", "c5"]
+
+
+def rank(session: Session) -> Rank:
+    return Rank(session.risk, session.conversation_id)
 
 
 def test_sessions_silent_since_before_a_time_are_left_out(store: Backend) -> None:

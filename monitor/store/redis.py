@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 import re
 import threading
 import time
@@ -66,6 +67,7 @@ from monitor.store.store import (
     Pending,
     Position,
     Progress,
+    Rank,
     Session,
     TrajectoryPoint,
 )
@@ -276,7 +278,13 @@ class RedisStore:
     # For people.
 
     def sessions(
-        self, limit: int, *, offset: int = 0, deployment: str | None = None, since: float | None = None
+        self,
+        limit: int,
+        *,
+        offset: int = 0,
+        after: Rank | None = None,
+        deployment: str | None = None,
+        since: float | None = None,
     ) -> list[Session]:
         """See `Reader.sessions`. Reads no more than it needs from each ranking; what has aged away is swept up."""
         tags = self._tags()
@@ -286,7 +294,7 @@ class RedisStore:
         else:
             rankings = [(tag, deployment) for tag in tags]
         sessions: list[Session] = []
-        ranked = self._ranked(rankings, min(offset + limit, _CHUNK))
+        ranked = self._ranked(rankings, min(offset + limit, _CHUNK), after)
         while len(sessions) < limit and (some := list(itertools.islice(ranked, min(offset + limit, _CHUNK)))):
             for session in self._sessions(some):
                 if since is not None and session.time < since:
@@ -567,12 +575,39 @@ class RedisStore:
             tags += [self._tag(topic, place) for place in places]
         return tags
 
-    def _ranked(self, rankings: Sequence[tuple[str, str]], chunk: int) -> Iterator[_Ranked]:
-        """All conversations of these rankings, merged, riskiest first; fetched by the chunk."""
+    def _place(self, rankings: Sequence[tuple[str, str]], after: Rank) -> tuple[float, bytes]:
+        """A place in these rankings. A session's numbers have seven digits, a ranking's are exact: where the session
+        still stands there, the ranking's own number counts."""
+        score = math.inf if after.risk is None else -after.risk
+        name = after.conversation_id.encode()
+        for found in self._pipe([("ZSCORE", f"{tag}r:{ranking}", name) for tag, ranking in rankings]):
+            if found is not None and math.isclose(float(found), score, rel_tol=1e-6):
+                return float(found), name
+        return score, name
+
+    def _ranked(self, rankings: Sequence[tuple[str, str]], chunk: int, after: Rank | None = None) -> Iterator[_Ranked]:
+        """All conversations of these rankings behind a place, merged, riskiest first; fetched by the chunk."""
+        begins = dict.fromkeys(rankings, 0)
+        place = None
+        if after is not None and rankings:
+            place = self._place(rankings, after)
+            before = [("ZCOUNT", f"{tag}r:{name}", "-inf", f"({place[0]!r}") for tag, name in rankings]
+            begins = dict(zip(rankings, self._pipe(before), strict=True))
+        for one in self._merged(rankings, chunk, begins):
+            if place is None or (one.score, one.name) > place:
+                yield one
+
+    def _merged(
+        self, rankings: Sequence[tuple[str, str]], chunk: int, begins: Mapping[tuple[str, str], int]
+    ) -> Iterator[_Ranked]:
         waiting: dict[tuple[str, str], deque[_Ranked]] = {}
 
-        def fetch(some: Sequence[tuple[str, str]], start: int) -> None:
-            commands = [("ZRANGE", f"{t}r:{n}", start, start + chunk - 1, "WITHSCORES") for t, n in some]
+        def fetch(some: Sequence[tuple[str, str]], taken: int) -> None:
+            starts = [begins[one] + taken for one in some]
+            commands = [
+                ("ZRANGE", f"{tag}r:{name}", start, start + chunk - 1, "WITHSCORES")
+                for (tag, name), start in zip(some, starts, strict=True)
+            ]
             for (tag, name), rows in zip(some, self._pipe(commands), strict=True):
                 waiting[tag, name] = deque(_Ranked(score, member, tag, name) for member, score in _pairs(rows))
 

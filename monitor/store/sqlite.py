@@ -25,6 +25,7 @@ from monitor.store.store import (
     Pending,
     Position,
     Progress,
+    Rank,
     Session,
     TrajectoryPoint,
 )
@@ -179,19 +180,37 @@ class SqliteStore:
     # For people.
 
     def sessions(
-        self, limit: int, *, offset: int = 0, deployment: str | None = None, since: float | None = None
+        self,
+        limit: int,
+        *,
+        offset: int = 0,
+        after: Rank | None = None,
+        deployment: str | None = None,
+        since: float | None = None,
     ) -> list[Session]:
         """See `Reader.sessions`."""
-        where = "last_seen >= ?"
-        values: list[float | str] = [float("-inf") if since is None else since]
-        if deployment is not None:
-            where, values = "deployment = ? AND " + where, [deployment, *values]
+        found: list[Session] = []
         with self._database.read() as connection:
-            rows = connection.execute(
-                f"SELECT session FROM sessions WHERE {where} ORDER BY risk DESC, conversation_id LIMIT ? OFFSET ?",
-                [*values, limit, offset],
-            ).fetchall()
-        return [_read(_session.decode, row[0]) for row in rows]
+            for where, values in _behind(after):
+                if deployment is not None:
+                    where, values = "deployment = ? AND " + where, [deployment, *values]
+                if since is not None:
+                    where, values = where + " AND last_seen >= ?", [*values, since]
+                order = f"FROM sessions WHERE {where} ORDER BY risk DESC, conversation_id"
+                rows = connection.execute(
+                    f"SELECT session {order} LIMIT ? OFFSET ?", [*values, limit - len(found), offset]
+                ).fetchall()
+                found += [_read(_session.decode, row[0]) for row in rows]
+                if len(found) >= limit:
+                    break
+                if offset and not rows:
+                    (there,) = connection.execute(
+                        f"SELECT count(*) FROM (SELECT 1 {order} LIMIT ?)", [*values, offset]
+                    ).fetchone()
+                    offset -= there
+                else:
+                    offset = 0
+        return found
 
     def session(self, conversation_id: str) -> Session | None:
         """See `Reader.session`."""
@@ -410,6 +429,16 @@ def _delete(connection: sqlite3.Connection, conversation_ids: list[str], *, outb
             deleted += connection.execute(f"DELETE FROM {table} {where}", ids).rowcount
     connection.execute("UPDATE positions SET revision = revision + 1")
     return deleted
+
+
+def _behind(after: Rank | None) -> list[tuple[str, list[float | str]]]:
+    """The parts of the ranking behind a place, each a range of its index: the judged, and then those that are not."""
+    if after is None:
+        return [("TRUE", [])]
+    if after.risk is None:
+        return [("risk IS NULL AND conversation_id > ?", [after.conversation_id])]
+    here: list[float | str] = [after.risk, after.risk, after.conversation_id]
+    return [("risk <= ? AND (risk < ? OR conversation_id > ?)", here), ("risk IS NULL", [])]
 
 
 def _row(session: Session) -> tuple[object, ...]:

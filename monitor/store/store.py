@@ -24,6 +24,7 @@ __all__ = [
     "Pending",
     "Position",
     "Progress",
+    "Rank",
     "Reader",
     "Session",
     "Store",
@@ -98,6 +99,13 @@ class Session(Struct, frozen=True, kw_only=True, gc=False):
     episode_id: str | None = None
     kind: Kind | None = None
     severity: Severity | None = None
+
+
+class Rank(NamedTuple):
+    """Where a session stands among others: riskiest first, those without a risk last, among equals by id."""
+
+    risk: float | None
+    conversation_id: str
 
 
 class MinuteSums(Struct, frozen=True, order=True, array_like=True, gc=False):
@@ -207,10 +215,18 @@ class Reader(Protocol):
     """For people: console, API, command line. Raises as `Store`."""
 
     def sessions(
-        self, limit: int, *, offset: int = 0, deployment: str | None = None, since: float | None = None
+        self,
+        limit: int,
+        *,
+        offset: int = 0,
+        after: Rank | None = None,
+        deployment: str | None = None,
+        since: float | None = None,
     ) -> list[Session]:
         """Riskiest first by `risk`; those that nothing judged come last. Among equals, by id.
 
+        `after` goes on behind a place of the ranking, whoever stands there now; the place is that of a session which
+        was listed. `offset` counts from there.
         `since` is an event time in seconds since 1970: sessions that have been silent since before it are left out.
         """
 
