@@ -1,4 +1,4 @@
-"""Where findings go: JSON lines, to a file or to standard output.
+"""From one integration of the configuration to its open channel; and the findings' own JSON lines.
 
 A channel knows how to hand findings over, and whether a failure may pass. It does not know which ones to hand over.
 """
@@ -11,10 +11,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from alerts.channel import Channel
+from alerts.config import AlertsConfig, AnyIntegration, LogConfig
+from alerts.jsonl import LogChannel
 from monitor.errors import ChannelUnavailable, ConfigurationError
 from monitor.events import Finding, encode
 
-__all__ = ["JsonLines"]
+__all__ = ["JsonLines", "open_channel"]
+
+
+def open_channel(integration: AnyIntegration, config: AlertsConfig) -> Channel:
+    """The channel of one integration; `config` has the links that its messages carry.
+
+    Raises:
+        ConfigurationError: a file of it can't be read or written.
+    """
+    match integration:
+        case LogConfig():
+            channel = LogChannel(integration, config)
+            channel.check()
+            return channel
+        case _:
+            raise ConfigurationError(f"{integration.name} has no channel yet")
 
 
 class JsonLines:

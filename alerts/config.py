@@ -34,6 +34,11 @@ class Integration(Struct, frozen=True, kw_only=True):
     index: int = 0
     send_resolved: bool = True
 
+    @property
+    def name(self) -> str:
+        """What metrics, notes and logs call it, such as `ops/webhook[0]`."""
+        return f"{self.receiver}/{type(self).__name__.removesuffix('Config').lower()}[{self.index}]"
+
 
 class WebhookConfig(Integration, frozen=True, kw_only=True):
     """Alertmanager's webhook body, signed by Standard Webhooks with every secret given (two, while one is rotated)."""
