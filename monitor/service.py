@@ -22,10 +22,12 @@ from monitor.settings import Settings, load_settings
 from monitor.stream.log import PROJECTIONS, Log
 
 if TYPE_CHECKING:
+    from monitor.detect.baseline import DetectorConfig
     from monitor.housekeeping import Duty
     from monitor.store import Backend
+    from monitor.worker import Listener
 
-__all__ = ["replay", "worker"]
+__all__ = ["fold", "replay", "worker"]
 
 _stderr = Console(stderr=True)
 _log = structlog.get_logger("anchorwatch.service")
@@ -43,9 +45,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     none is in force yet; to change the one in force, use `anchorwatch calibration activate`.
     """
     from monitor import connect
-    from monitor.actions import first_calibrations
-    from monitor.housekeeping import Housekeeper
-    from monitor.worker import Worker, collect_rarely, stop_on_signals
+    from monitor.worker import collect_rarely, stop_on_signals
 
     settings = load_settings()
     if settings.log_url.startswith("kafka:") and "ANCHORWATCH_STORE_URL" not in os.environ:
@@ -59,12 +59,27 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     stop = stop_on_signals()
     telemetry.serve_metrics(settings.metrics_port)
     _advise(settings)
-    log = connect.log(settings)
-    store = connect.store(settings)
-    subscription = connect.subscription(settings, log)
     places = f"{connect.shown(settings.log_url)} into {connect.shown(settings.store_url)}"
     _stderr.print(f"Folding {places}", highlight=False)
     collect_rarely()
+    fold(settings, config, stop)
+
+
+def fold(settings: Settings, config: DetectorConfig, stop: threading.Event, on_step: Listener | None = None) -> None:
+    """Be a worker, and offer to keep house, until `stop` is set; in any thread. `on_step`: see `Worker`. Sets `stop`
+    itself when it must end.
+
+    Raises:
+        LogError, StoreError: somebody must look.
+    """
+    from monitor import connect
+    from monitor.actions import first_calibrations
+    from monitor.housekeeping import Housekeeper
+    from monitor.worker import Worker
+
+    log = connect.log(settings)
+    store = connect.store(settings)
+    subscription = connect.subscription(settings, log)
     me = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     keeper = Housekeeper(store, me, _duties(settings, log, store))
     keeping = threading.Thread(target=keeper.run, args=(stop,), name="anchorwatch-housekeeping")
@@ -77,6 +92,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
             subscription=subscription,
             batch_size=settings.batch_size,
             recorded=first_calibrations(log, config, by="anchorwatch worker"),
+            on_step=on_step,
         ).run(stop)
     finally:
         stop.set()
