@@ -32,6 +32,7 @@ import msgspec
 import structlog
 
 from monitor import telemetry
+from monitor.busiest import OTHER
 from monitor.detect.baseline import DetectorConfig
 from monitor.detect.fleet import Sensitivity, Shift, Watch
 from monitor.errors import CommitRefused
@@ -46,7 +47,6 @@ PATIENCE_SECONDS = 600.0
 HOUR, DAY, WEEK = 60, 24 * 60, 7 * 24 * 60  # minutes
 SETTLING = 5  # minutes after a calibration that no detector sees
 MOST_LABELS = 50
-OTHER = "other"
 
 _log = structlog.get_logger("anchorwatch.fleet")
 
@@ -183,8 +183,13 @@ class FleetReader:
 
     def _tell(self, closed: ClosedMinutes, found: Sequence[tuple[str, Shift]]) -> None:
         """Log lines and gauges."""
+        telemetry.FLEET_CLOSED.set((closed.through + 1) * 60)
+        spans = {"hour": ages(closed, 2 * HOUR), "day": ages(closed, DAY), "week": ages(closed, WEEK)}
+        busiest = sorted(spans["week"], key=lambda one: (-one.responses, one.deployment))
+        shown = {one.deployment for one in busiest[:MOST_LABELS]}
         for deployment, shift in found:
-            telemetry.FINDINGS.labels("fleet_shift", _severity(shift)).inc()
+            label = deployment if deployment in shown else OTHER
+            telemetry.FINDINGS.labels(label, "fleet_shift", _severity(shift)).inc()
             _log.warning(
                 "the mean of a deployment has moved",
                 deployment=deployment,
@@ -194,10 +199,6 @@ class FleetReader:
                 z_before=round(shift.before, 3),
                 z_after=round(shift.after, 3),
             )
-        telemetry.FLEET_CLOSED.set((closed.through + 1) * 60)
-        spans = {"hour": ages(closed, 2 * HOUR), "day": ages(closed, DAY), "week": ages(closed, WEEK)}
-        busiest = sorted(spans["week"], key=lambda one: (-one.responses, one.deployment))
-        shown = {one.deployment for one in busiest[:MOST_LABELS]}
         telemetry.FLEET_Z.clear()
         telemetry.FLEET_Z_ERROR.clear()
         telemetry.FLEET_LATE.clear()

@@ -37,6 +37,7 @@ from monitor.errors import AnchorwatchError, CommitRefused, LogError, LogUnavail
 from monitor.events import Projection
 from monitor.store.store import Commit, Position, Store
 from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedSubscription, Log, Subscription
+from monitor.tally import Tally
 
 __all__ = ["Listener", "Recorded", "Worker", "collect_rarely", "stop_on_signals"]
 
@@ -133,6 +134,7 @@ class Worker:
         # One thread: commits go out in order, each after the one before it was answered.
         self._committing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="anchorwatch-commit")
         self._pending: _Pending | None = None
+        self._tally = Tally()
 
     def run_once(self, timeout: float = 0.0, *, settle: bool = True) -> int:
         """Take what one poll gives, fold it, commit it. Returns how many records were committed.
@@ -321,7 +323,7 @@ class Worker:
         if folded.config:
             share.config = folded.config
         commit = self._to_commit(batch.partition, folded, share, batch.end, folded.config is not None)
-        self._pending = _Pending(batch, folded, started, self._committing.submit(self._store.commit, commit))
+        self._pending = _Pending(batch, folded, started, self._committing.submit(self._commit, commit))
         # As if it had been answered: where it is not, or is refused, the share is thrown away.
         share.expected = Position(folded.offset, share.expected.revision if share.expected else 0)
         share.poison = folded.poison
@@ -351,6 +353,10 @@ class Worker:
         if mostly_poison(folded.poison):
             self._pause(batch.partition, folded)
         return sum(record.offset < folded.offset for record in batch.records) if folded.dead else len(batch.records)
+
+    def _commit(self, commit: Commit) -> None:
+        with telemetry.COMMIT_SECONDS.time():
+            self._store.commit(commit)
 
     def _to_commit(self, partition: int, folded: Folded, share: _Share, end: int, with_config: bool) -> Commit:
         return to_commit(
@@ -413,17 +419,16 @@ class Worker:
                 first_offset=first.offset,
                 first_reason=poison.reason,
             )
-        for outcome, count in Counter([result.outcome for _, result in folded.steps]).items():
-            telemetry.RESPONSES.labels(outcome).inc(count)
+        share = self._shares.get(partition)
+        self._tally.add(folded.steps, share.config if share else None)
+        if self._on_step is None:
+            return
         for projection, result in folded.steps:
-            for finding in result.findings:
-                telemetry.FINDINGS.labels(finding.kind, finding.severity).inc()
-            if self._on_step is not None:
-                try:
-                    self._on_step(projection, result)
-                except Exception:
-                    telemetry.LISTENER_ERRORS.inc()
-                    _log.exception("a live display failed")
+            try:
+                self._on_step(projection, result)
+            except Exception:
+                telemetry.LISTENER_ERRORS.inc()
+                _log.exception("a live display failed")
 
     def _pause(self, partition: int, folded: Folded) -> None:
         self.paused[partition] = f"{sum(folded.poison)} of the last {len(folded.poison)} records were poison"

@@ -487,7 +487,7 @@ def test_a_listener_that_fails_harms_nobody(log: EmbeddedLog, store: SqliteStore
 
 
 def test_metrics_count_what_was_committed(log: EmbeddedLog, store: SqliteStore) -> None:
-    before = metric("anchorwatch_responses_total", outcome="folded")
+    before = metric("anchorwatch_responses_total", deployment="shop", outcome="folded")
     dead = metric("anchorwatch_dead_letters_total", reason="undecodable")
     log.append(PROJECTIONS, [message(projection("a", turn)) for turn in range(4)] + [Message("k", POISON)])
     worker = Worker(log, store, CONFIG, batch_size=3)
@@ -495,7 +495,7 @@ def test_metrics_count_what_was_committed(log: EmbeddedLog, store: SqliteStore) 
     assert metric("anchorwatch_lag_records", partition="0") == 2
     drain(worker)
     assert metric("anchorwatch_lag_records", partition="0") == 0
-    assert metric("anchorwatch_responses_total", outcome="folded") == before + 4
+    assert metric("anchorwatch_responses_total", deployment="shop", outcome="folded") == before + 4
     assert metric("anchorwatch_dead_letters_total", reason="undecodable") == dead + 1
 
 
