@@ -41,6 +41,7 @@ from monitor.control import calibration_message
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import CommitRefused, ConfigurationError, EventError, LogError
 from monitor.events import Finding, now_utc
+from monitor.matchers import MAX_MATCHERS, Matcher, matches
 from monitor.placement import partition_of
 from monitor.store.store import Actions, Housekeeping, Position
 from monitor.stream.log import ACTIONS, PROJECTIONS, Log, Message, Record, Span
@@ -114,21 +115,32 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
 
 
 class Silence(Struct, frozen=True, omit_defaults=True):
-    """Nobody is told, until then, of findings that match all that is given. Nothing given matches everything."""
+    """Nobody is told, until then, of alerts that match all that is given. Nothing given matches everything.
+
+    Who made it is the action's `by`, when its `time`, and why its note. `matchers` see the labels of an alert, see
+    `monitor.alert.labels`; the three names before the note are the same for whoever wants no more.
+    """
 
     until: Moment
     deployment: Name | None = None
     conversation_id: Name | None = None
     kind: Name | None = None
     note: Text = ""
+    matchers: Annotated[tuple[Matcher, ...], Meta(max_length=MAX_MATCHERS)] = ()
+
+    def mutes(self, labels: Mapping[str, str]) -> bool:
+        """Whether it is about what has these labels, whatever the time."""
+        return (
+            self.deployment in (None, labels.get("deployment", ""))
+            and self.conversation_id in (None, labels.get("conversation_id", ""))
+            and self.kind in (None, labels.get("kind", ""))
+            and matches(self.matchers, labels)
+        )
 
     def matches(self, finding: Finding) -> bool:
-        """Whether it is about this finding, whatever the time."""
-        return (
-            self.deployment in (None, finding.deployment)
-            and self.conversation_id in (None, finding.conversation_id)
-            and self.kind in (None, finding.kind)
-        )
+        """The same of a finding by itself; one with matchers takes an alert, which has all the labels: `mutes`."""
+        labels = {"deployment": finding.deployment, "conversation_id": finding.conversation_id, "kind": finding.kind}
+        return not self.matchers and self.mutes(labels)
 
 
 class Forgetting(Struct, frozen=True):
