@@ -10,7 +10,9 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -20,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from monitor.errors import ConfigurationError
 
-__all__ = ["is_loopback", "listen", "serve"]
+__all__ = ["is_loopback", "listen", "serve", "serving"]
 
 HEADER_SECONDS = 10.0
 IDLE_SECONDS = 30
@@ -70,6 +72,39 @@ def serve(
     Raises:
         ConfigurationError: certificate and key can't be used.
     """
+    server = _Server(_config(app, certificate, private_key), ready)
+    # uvicorn sends itself the signal once more when it has ended in good order; by then it means nothing new.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def serving(
+    app: FastAPI, listener: socket.socket, *, certificate: Path | None = None, private_key: Path | None = None
+) -> Iterator[threading.Thread]:
+    """Serve in a thread of its own, which it gives, for as long as the block runs. Signals are somebody else's.
+
+    Raises:
+        ConfigurationError: certificate and key can't be used.
+    """
+    ready = threading.Event()
+    server = _Server(_config(app, certificate, private_key), ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="anchorwatch-api")
+    thread.start()
+    try:
+        while thread.is_alive() and not ready.wait(0.05):
+            pass
+        yield thread
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _config(app: FastAPI, certificate: Path | None, private_key: Path | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=_Patient,
@@ -93,13 +128,7 @@ def serve(
             cure="ANCHORWATCH_API_TLS_CERTIFICATE and ANCHORWATCH_API_TLS_KEY name a PEM file each",
         ) from error
     _tell_uvicorns_log()
-    # uvicorn sends itself the signal once more when it has ended in good order; by then it means nothing new.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        _Server(config, ready).run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return config
 
 
 class _Server(uvicorn.Server):
