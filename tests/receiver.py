@@ -5,7 +5,9 @@ It knows no protocol above HTTP. `receiver` is the fixture; `Receiver` is for th
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import ssl
 import threading
 import time
@@ -52,6 +54,7 @@ class Receiver:
         self.received: list[Received] = []
         self.answer: Callable[[Received], Answer] = lambda request: Answer()
         self._changed = threading.Condition()
+        self._connections: list[socket.socket] = []
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -81,6 +84,10 @@ class Receiver:
             daemon_threads = True
             request_queue_size = 128
 
+            def process_request(self, request: Any, client_address: Any) -> None:
+                receiver._connections.append(request)
+                super().process_request(request, client_address)
+
             def handle_error(self, request: object, client_address: object) -> None:
                 pass  # a client that goes away in the middle is no news
 
@@ -107,10 +114,13 @@ class Receiver:
             return list(self.received)
 
     def close(self) -> None:
-        """Stop listening; whoever knocks from now on is refused."""
+        """Stop listening, and hang up; whoever knocks from now on is refused."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _note(self, request: Received) -> Answer:
         with self._changed:
