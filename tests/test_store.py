@@ -747,3 +747,15 @@ def test_findings_come_newest_first_and_bounded(tmp_path: Path) -> None:
     for n in range(4):
         made += writer.commit(*drifting(f"c{n}")).findings
     assert store.findings(3) == by_time(made)[:3]
+
+
+@given(
+    st.sets(st.text(st.sampled_from("a/é\ud7ff\ue000\U0010ffff\x00"), min_size=1, max_size=4), max_size=12),
+    st.text(st.sampled_from("a/é\ud7ff\ue000\U0010ffff\x00"), max_size=3),
+)
+def test_actions_that_begin_so_are_a_range_whatever_the_letters(keys: set[str], prefix: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = SqliteStore(Path(folder) / "store.db")
+        store.fold_actions("topic", 0, 1, {key: key.encode() for key in keys})
+        assert list(store.actions(prefix)) == sorted(key for key in keys if key.startswith(prefix))
+        store.close()

@@ -351,10 +351,20 @@ class SqliteStore:
     def actions(self, prefix: str) -> dict[str, bytes]:
         """See `Actions.actions`."""
         with self._database.read() as connection:
+            # A range of the index: there may be a hundred thousand of them, and people ask for one by its whole key.
             rows = connection.execute(
-                "SELECT key, value FROM actions WHERE substr(key, 1, ?) = ? ORDER BY key", (len(prefix), prefix)
+                "SELECT key, value FROM actions WHERE key >= ? AND key < ? ORDER BY key", (prefix, _beyond(prefix))
             )
             return dict(rows)
+
+
+def _beyond(prefix: str) -> str | bytes:
+    """The least value above all texts that begin so, in SQLite's order; a blob is above every text."""
+    for length in range(len(prefix), 0, -1):
+        code = ord(prefix[length - 1])
+        if code < 0x10FFFF:
+            return prefix[: length - 1] + chr(0xE000 if code == 0xD7FF else code + 1)  # none between is a letter
+    return b""
 
 
 def _move(connection: sqlite3.Connection, batch: Commit) -> None:
