@@ -11,9 +11,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from alerts.alertmanager import AlertmanagerChannel
 from alerts.channel import Channel
-from alerts.config import AlertsConfig, AnyIntegration, LogConfig
+from alerts.config import (
+    AlertmanagerConfig,
+    AlertsConfig,
+    AnyIntegration,
+    EmailConfig,
+    LogConfig,
+    PagerDutyConfig,
+    SlackConfig,
+    WebhookConfig,
+)
+from alerts.email import EmailChannel
 from alerts.jsonl import LogChannel
+from alerts.pagerduty import PagerDutyChannel
+from alerts.slack import SlackChannel
+from alerts.webhook import WebhookChannel
 from monitor.errors import ChannelUnavailable, ConfigurationError
 from monitor.events import Finding, encode
 
@@ -27,12 +41,20 @@ def open_channel(integration: AnyIntegration, config: AlertsConfig) -> Channel:
         ConfigurationError: a file of it can't be read or written.
     """
     match integration:
+        case WebhookConfig():
+            return WebhookChannel(integration, config)
+        case AlertmanagerConfig():
+            return AlertmanagerChannel(integration, config)
+        case PagerDutyConfig():
+            return PagerDutyChannel(integration, config)
+        case SlackConfig():
+            return SlackChannel(integration, config)
+        case EmailConfig():
+            return EmailChannel(integration, config)
         case LogConfig():
             channel = LogChannel(integration, config)
             channel.check()
             return channel
-        case _:
-            raise ConfigurationError(f"{integration.name} has no channel yet")
 
 
 class JsonLines:
