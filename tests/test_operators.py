@@ -18,7 +18,7 @@ from service import CONFIG, POISON, message, projection
 from typer.testing import CliRunner, Result
 
 from monitor import connect, telemetry
-from monitor.actions import ActionsFold, Silence, append_action, body_of, read_actions
+from monitor.actions import Acknowledgement, ActionsFold, Silence, append_action, body_of, read_actions
 from monitor.backtest import read_verdicts
 from monitor.database import sqlite_url
 from monitor.deadletters import plain
@@ -33,6 +33,7 @@ COMMANDS = [
     ["doctor"],
     ["forget"],
     ["acknowledge"],
+    ["resolve"],
     ["verdict"],
     ["verdicts"],
     *(["silence", name] for name in ("add", "list", "end")),
@@ -110,8 +111,10 @@ def test_every_command_has_help(command: list[str]) -> None:
     [
         ["forget", "c"],
         ["acknowledge", "f"],
+        ["resolve", "a"],
         ["verdict", "c", "healthy"],
         ["silence", "add", "--for", "1h", "--everything"],
+        ["silence", "end", "abc"],
         ["dead-letters", "requeue", "x/0/1"],
         ["calibration", "activate", "smollm2"],
     ],
@@ -175,6 +178,13 @@ def test_verdicts_are_printed_as_the_backtest_reads_them(here: Installation) -> 
     assert "--turn" in here.refuses("verdict", "c", "healthy", "--turn", "3", "--by", "ann")
 
 
+def test_an_alert_is_resolved_and_a_typo_is_told(here: Installation) -> None:
+    done = here.anchorwatch("resolve", "e1", "--by", "ann", "--note", "rolled back")
+    assert done.exit_code == 0 and "no alert has this id" in done.stderr
+    body = body_of("resolve/e1", here.store.actions("resolve/")["resolve/e1"])
+    assert body == Acknowledgement("rolled back")
+
+
 def test_a_silence_is_added_listed_and_ended(here: Installation) -> None:
     added = here.anchorwatch("silence", "add", "--for", "2h", "--deployment", "shop", "--by", "ann")
     name = added.stdout.strip()
@@ -185,9 +195,25 @@ def test_a_silence_is_added_listed_and_ended(here: Installation) -> None:
     assert isinstance(body, Silence) and body.kind is None
     append_action(here.log, "silence", "over", Silence("2026-01-01T00:00:00Z"), by="ann")
     assert list(here.says("silence", "list")) == [name]
-    assert here.anchorwatch("silence", "end", name).exit_code == 0
-    assert here.says("silence", "list") == {} and list(here.store.actions("silence/")) == ["silence/over"]
-    assert "no silence" in here.refuses("silence", "end", name)
+    assert here.anchorwatch("silence", "end", name, "--by", "bob").exit_code == 0
+    assert here.says("silence", "list") == {}
+    assert here.says("silence", "list", "--all")[name]["by"] == "bob"
+    assert "is over since" in here.refuses("silence", "end", name, "--by", "bob")
+    assert "no silence" in here.refuses("silence", "end", "other", "--by", "bob")
+
+
+def test_a_silence_speaks_alertmanagers_words(here: Installation) -> None:
+    arguments = ["--match", 'model=~"llama.*",severity!=critical', "--match", "persona=pirate"]
+    added = here.anchorwatch("silence", "add", "--for", "2h", "--by", "ann", "--note", "a test", *arguments)
+    name = added.stdout.strip()
+    body = body_of(f"silence/{name}", here.store.actions("silence/")[f"silence/{name}"])
+    assert isinstance(body, Silence)
+    matching = {"model": "llama-3", "severity": "warning", "persona": "pirate"}
+    assert body.mutes(matching) and body.mutes({**matching, "deployment": "shop"})
+    for other in ({"model": "a llama"}, {"severity": "critical"}, {"persona": ""}):
+        assert not body.mutes({**matching, **other})
+    shown = here.anchorwatch("silence", "list").stdout
+    assert 'model=~"llama.*", severity!="critical", persona="pirate"' in shown and "ann  a test" in shown
 
 
 @pytest.mark.parametrize(
@@ -196,6 +222,9 @@ def test_a_silence_is_added_listed_and_ended(here: Installation) -> None:
         (["--for", "2h"], "not clear what"),
         (["--for", "2h", "--everything", "--kind", "dip"], "not clear what"),
         (["--for", "2h", "--kind", "dips"], "no finding is of kind"),
+        (["--for", "2h", "--everything", "--match", "kind=dip"], "not clear what"),
+        (["--for", "2h", "--match", "kind=~(dip"], "bad regular expression"),
+        (["--for", "2h", "--match", "kind"], "no operator after"),
         (["--for", "two hours", "--everything"], "no length of time"),
         (["--for", "0m", "--everything"], "no length of time"),
     ],
