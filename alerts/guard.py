@@ -71,6 +71,7 @@ _MAPPED = _networks("""
 _GLOBAL = ipaddress.ip_network("2000::/3")
 
 _NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?")
+_PORT = re.compile(r"^(\[[^\]]*\]|[^:\[\]]*)(:[0-9]{1,5})?$")
 _NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)\.?")
 
 
@@ -110,6 +111,7 @@ def parse(url: str, *, allow_private: bool) -> Target:
         raise _bad(f"is longer than {MOST_CHARACTERS} characters")
     if not url.isprintable() or " " in url or "\\" in url:
         raise _bad("has blanks, backslashes or control characters in it")
+    authority = re.split("[/?#]", url.partition("//")[2], maxsplit=1)[0]
     try:
         found = httpx.URL(url)
         host, port = found.raw_host.decode("ascii"), found.port
@@ -117,13 +119,13 @@ def parse(url: str, *, allow_private: bool) -> Target:
         raise _bad("is no URL") from None
     if found.scheme not in ("http", "https"):
         raise _bad("does not begin with https://")
-    if found.userinfo or "@" in url.partition("//")[2].partition("/")[0]:
+    if found.userinfo or "@" in authority:
         raise ChannelError(
             "the receiver's address has a user or a password in it",
             cure="take it out: webhooks are signed (`secret_files`), Alertmanager has `basic_auth_file`",
         )
-    if port == 0:
-        raise _bad("names port 0")
+    if not _PORT.search(authority) or (port is not None and not 0 < port < 65_536):
+        raise _bad("has no port in it as ports are written")
     try:
         literal = ipaddress.ip_address(host)
     except ValueError:
@@ -131,6 +133,8 @@ def parse(url: str, *, allow_private: bool) -> Target:
             raise _bad("has no host's name in it") from None
         if _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):
             raise _bad("has an IP address in it that is not written as four decimal numbers") from None
+        if f".{host.rstrip('.')}".endswith(".localhost") and not allow_private:
+            raise refused(host, "loopback") from None
     else:
         if getattr(literal, "scope_id", None):
             raise _bad("names a network interface")
