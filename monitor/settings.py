@@ -260,6 +260,12 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="Port of the Prometheus metrics. By default they are not served."
     )
+    metrics_sessions: int = Field(
+        default=20,
+        ge=0,
+        le=20,
+        description="How many of the riskiest conversations each worker's metrics name; 0 names none.",
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = Field(
         default="info", description="Least severe log line to write: debug, info, warning, error or critical."
     )
@@ -278,6 +284,11 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="A finding older than this pages nobody, unless its episode is still open once the worker has "
         "caught up.",
+    )
+    alerts_file: Path | None = Field(
+        default=None,
+        description="File of rules and routes, YAML: whom to tell of what. By default alerts are written to standard "
+        "output.",
     )
     batch_size: int = Field(default=500, ge=1, le=10_000, description="How many records a worker folds in one commit.")
     fleet_watch: bool = Field(
