@@ -8,19 +8,25 @@ import numpy as np
 
 from collectors.assemble import project_canaries
 from collectors.models import LoadedModel
+from monitor import telemetry
 from monitor.axis.bundle import Bundle, check_model
 from monitor.errors import BundleError, BundleMismatch
 
-__all__ = ["OK_WITHIN", "STALE_BEYOND", "check_bundle"]
+__all__ = ["CANARY_METRICS", "OK_WITHIN", "STALE_BEYOND", "check_bundle"]
 
 # In standard deviations of the default Assistant's projections, the unit in which drift is told. Another dtype or
 # engine moves a canary by hundredths; weights that were trained on move it by more than a tenth.
 OK_WITHIN = 0.05
 STALE_BEYOND = 0.5
+CANARY_METRICS = (
+    "anchorwatch_canary_state",
+    "anchorwatch_canary_shift",
+    "anchorwatch_canary_checked_timestamp_seconds",
+)
 
 
 def check_bundle(loaded: LoadedModel, bundle: Bundle, decoder_layers: str | None = None) -> dict[str, Any]:
-    """Compare every canary's projection with the one it had.
+    """Compare every canary's projection with the one it had, and set the gauges of it.
 
     Returns:
         `verdict` ok, shifted or stale; `says`, one sentence with the cure; `largest_shift` and `shifts` in standard
@@ -56,6 +62,10 @@ def check_bundle(loaded: LoadedModel, bundle: Bundle, decoder_layers: str | None
         )
     else:
         verdict, says = "ok", "the axis measures what it measured when it was made"
+    for state in ("ok", "shifted", "stale"):
+        telemetry.CANARY_STATE.labels(state).set(state == verdict)
+    telemetry.CANARY_SHIFT.set(largest)
+    telemetry.CANARY_CHECKED.set_to_current_time()
     return {
         "verdict": verdict,
         "says": f"largest shift {largest:.4f} sd over {len(shifts)} canaries; {says}",

@@ -198,7 +198,9 @@ class QueuePublisher:
             written = self._write(batch)
             with self._changed:
                 self._writing = []
-                if not written:
+                if written:
+                    telemetry.PUBLISHER_WRITTEN.inc(len(batch))
+                else:
                     for _ in batch:
                         self._drop("spool" if self._resending else "log")
                 self._tell()

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -98,6 +99,7 @@ def watch(
     model = getattr(model, "_orig_mod", model)  # `torch.compile(model)` generates with the model inside
     for warning in check_model(bundle, describe_model(model, tokenizer)):
         _log.warning(warning)
+    telemetry.AXIS_CREATED.labels(bundle.id).set(datetime.fromisoformat(bundle.info.created).timestamp())
     watching = Watch(
         model, tokenizer, bundle, publisher, installation_key, deployment, source, hold, decoder_layers, clock
     )

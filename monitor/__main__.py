@@ -665,16 +665,21 @@ def axis_check(
     dtype: Dtype = "float32",
     decoder_layers: Override = None,
     as_json: AsJson = False,
+    metrics_file: Annotated[
+        Path | None, typer.Option(help="Write the result for Prometheus' textfile collector, too; a name in .prom.")
+    ] = None,
 ) -> None:
     """Project the bundle's canaries again: does the axis still measure the same with this model? ok, shifted or stale.
 
     Exits 0 when ok, 1 when shifted or stale.
     """
-    from collectors.check import check_bundle
+    from collectors.check import CANARY_METRICS, check_bundle
     from collectors.models import load_model
     from monitor.axis.bundle import load_bundle, resolve_bundle
 
     report = check_bundle(load_model(model, dtype=dtype), load_bundle(resolve_bundle(bundle)), decoder_layers)
+    if metrics_file is not None:
+        telemetry.write_metrics(metrics_file, CANARY_METRICS)
     if as_json:
         print(json.dumps(report))
     else:

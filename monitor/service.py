@@ -45,6 +45,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     none is in force yet; to change the one in force, use `anchorwatch calibration activate`.
     """
     from monitor import connect
+    from monitor.ages import show_axis_age
     from monitor.worker import collect_rarely, stop_on_signals
 
     settings = load_settings()
@@ -58,6 +59,7 @@ def worker(bundle: Bundle = "smollm2", calibration: Calibration = None) -> None:
     config = connect.calibration(bundle if calibration is None else str(calibration), settings)
     stop = stop_on_signals()
     telemetry.serve_metrics(settings.metrics_port)
+    show_axis_age(bundle, config.axis_id)
     _advise(settings)
     places = f"{connect.shown(settings.log_url)} into {connect.shown(settings.store_url)}"
     _stderr.print(f"Folding {places}", highlight=False)
@@ -91,6 +93,7 @@ def fold(settings: Settings, config: DetectorConfig, stop: threading.Event, on_s
             config,
             subscription=subscription,
             batch_size=settings.batch_size,
+            shown_sessions=settings.metrics_sessions,
             recorded=first_calibrations(log, config, by="anchorwatch worker"),
             on_step=on_step,
         ).run(stop)
@@ -124,6 +127,7 @@ def _advise(settings: Settings) -> None:
 def _duties(settings: Settings, log: Log, store: Backend) -> list[Duty]:
     """What one worker does for all."""
     from monitor.actions import ActionsFold
+    from monitor.ages import show_calibration_age
     from monitor.detect.fleet import Sensitivity
     from monitor.fleet import FleetReader
     from monitor.housekeeping import Duty
@@ -133,7 +137,11 @@ def _duties(settings: Settings, log: Log, store: Backend) -> list[Duty]:
         if newest is not None:
             store.expire(newest - settings.store_ttl_seconds)
 
-    duties = [Duty("actions", 1.0, ActionsFold(log, store).run_once), Duty("expiry", 600.0, expire)]
+    duties = [
+        Duty("actions", 1.0, ActionsFold(log, store).run_once),
+        Duty("expiry", 600.0, expire),
+        Duty("ages", 60.0, lambda: show_calibration_age(store)),
+    ]
     if settings.fleet_watch:
         reader = FleetReader(
             log,

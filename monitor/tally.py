@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from prometheus_client import Gauge
 
 from monitor import telemetry
 from monitor.busiest import Busiest
 from monitor.detect.baseline import DetectorConfig
 from monitor.detect.conversation import Step
 from monitor.events import Projection
+from monitor.standing import RECENT_SECONDS, Standings
 
-__all__ = ["MOST_DEPLOYMENTS", "Tally"]
+__all__ = ["MOST_DEPLOYMENTS", "MOST_SESSIONS", "Tally"]
 
 MOST_DEPLOYMENTS = 50
+MOST_SESSIONS = 20
 REMEMBERED = 100_000  # conversations that have warned
 _BY_DEPLOYMENT = (
     telemetry.RESPONSES,
@@ -33,15 +37,22 @@ class Tally:
     to be judged, and once more when it warns for the first time. Which have warned is remembered for the last 100,000
     conversations that did, not over a restart, so that a unit may then be counted twice: the realised rate never looks
     better than it is.
+
+    Args:
+        deployments: how many have labels of their own.
+        sessions: how many of the riskiest conversations are shown by name.
     """
 
-    def __init__(self, most: int = MOST_DEPLOYMENTS) -> None:
-        self._busiest = Busiest(most)
+    def __init__(self, deployments: int = MOST_DEPLOYMENTS, sessions: int = MOST_SESSIONS) -> None:
+        self._busiest = Busiest(deployments)
+        self._sessions = sessions
+        self._standings = Standings()
+        self._shown: dict[Gauge, set[tuple[str, ...]]] = {}
         self._warned: OrderedDict[str, int] = OrderedDict()  # conversation → folded before the block that warned
         self._budgets: tuple[str, frozenset[str]] | None = None
         self._labels: set[str] = set()
 
-    def add(self, steps: Sequence[tuple[Projection, Step]], config: DetectorConfig | None) -> None:
+    def add(self, steps: Sequence[tuple[Projection, Step]], config: DetectorConfig | None, partition: int = 0) -> None:
         """Count what was committed, and show the budgets of the calibration now in force, where it is known."""
         for lost in self._busiest.elect():
             self._labels.discard(lost)
@@ -54,8 +65,33 @@ class Tally:
             label = self._busiest.count(deployment, len(some))
             self._labels.add(label)
             self._count(label, some)
+        for projection, result in steps:
+            if result.z is not None:
+                self._standings.see(partition, projection.conversation_id, result.state)
         if config is not None:
             self._show_budgets(config)
+
+    def leave(self, partition: int) -> None:
+        """A partition is another worker's now, and so are its conversations."""
+        self._standings.leave(partition)
+
+    def show(self, now: float) -> None:
+        """Set the gauges of who stands worst. `now` is the wall clock, seconds since 1970: call it now and then."""
+        self._standings.forget_before(now - RECENT_SECONDS)
+        episodes: Counter[tuple[str, ...]] = Counter()
+        for (deployment, severity), count in self._standings.open_episodes().items():
+            episodes[self._busiest.label(deployment), severity] += count
+        self._set(telemetry.OPEN_EPISODES, episodes)
+        riskiest = self._standings.riskiest(self._sessions)
+        self._set(telemetry.RISKIEST, {(one.conversation_id, one.deployment): one.risk for one in riskiest})
+
+    def _set(self, gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
+        """Show these and no others; what stays is never away in between."""
+        for gone in self._shown.get(gauge, set()) - values.keys():
+            gauge.remove(*gone)
+        for labels, value in values.items():
+            gauge.labels(*labels).set(value)
+        self._shown[gauge] = set(values)
 
     def _count(self, label: str, steps: Sequence[tuple[Projection, Step]]) -> None:
         for outcome, count in Counter([result.outcome for _, result in steps]).items():

@@ -11,10 +11,12 @@ shares. Histograms have classic buckets: the client library can't expose native 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server, write_to_textfile
 
 from monitor.errors import ConfigurationError
 
@@ -82,6 +84,7 @@ __all__ = [
     "Z",
     "configure_logging",
     "serve_metrics",
+    "write_metrics",
 ]
 
 REGISTRY = CollectorRegistry(auto_describe=True)
@@ -139,13 +142,13 @@ ALARM_BUDGET = Gauge(
 )
 OPEN_EPISODES = Gauge(
     "anchorwatch_open_episodes",
-    "Open episodes in conversations of the last half hour, of the 1,000 riskiest",
+    "Open episodes of conversations that spoke in the last half hour, in this worker; at most 20,000 are known",
     ["deployment", "severity"],
     registry=REGISTRY,
 )
 RISKIEST = Gauge(
     "anchorwatch_session_risk",
-    "Risk of the riskiest conversations of the last half hour, 20 at most; from 1 on it warns",
+    "Risk of the 20 riskiest conversations that spoke in the last half hour, in this worker; from 1 on it warns",
     ["conversation_id", "deployment"],
     registry=REGISTRY,
 )
@@ -270,7 +273,7 @@ DELIVERY_SECONDS = Histogram(
 
 # The collector.
 PUBLISHER_WRITTEN = Counter(
-    "anchorwatch_publisher_written_total", "Projections that the log has taken, from the queue", registry=REGISTRY
+    "anchorwatch_publisher_written_total", "Projections that the log has taken, or the disk spool", registry=REGISTRY
 )
 PUBLISHER_DROPPED = Counter(
     "anchorwatch_publisher_dropped_total",
@@ -379,6 +382,21 @@ def serve_metrics(port: int | None) -> None:
         raise ConfigurationError(
             f"can't listen on port {port} for the metrics: {error.strerror}",
             cure="choose another ANCHORWATCH_METRICS_PORT: each process of one machine needs its own",
+        ) from error
+
+
+def write_metrics(path: Path, names: Iterable[str]) -> None:
+    """Write instruments for the textfile collector of Prometheus' node exporter, whole or not at all: for what runs now
+    and then, and is gone when it would be asked.
+
+    Raises:
+        ConfigurationError: the file can't be written.
+    """
+    try:
+        write_to_textfile(str(path), REGISTRY.restricted_registry(names))
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't write the metrics to {path}: {error.strerror}", cure="let this user write there"
         ) from error
 
 

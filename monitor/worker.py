@@ -37,7 +37,7 @@ from monitor.errors import AnchorwatchError, CommitRefused, LogError, LogUnavail
 from monitor.events import Projection
 from monitor.store.store import Commit, Position, Store
 from monitor.stream.log import DEAD_LETTERS, PROJECTIONS, Batch, EmbeddedSubscription, Log, Subscription
-from monitor.tally import Tally
+from monitor.tally import MOST_SESSIONS, Tally
 
 __all__ = ["Listener", "Recorded", "Worker", "collect_rarely", "stop_on_signals"]
 
@@ -85,6 +85,7 @@ class Worker:
         topic: what is read.
         batch_size: most records in one poll, and so in one commit.
         cached_conversations: how many states are kept at hand.
+        shown_sessions: how many of the riskiest conversations the metrics show by name.
         recorded: given partition and offset, the calibration that operators have put into force there; asked where the
             store has none, and the log's head, which had it, is gone.
         on_step: told of every committed response in log order. After a crash between commit and telling it is not told
@@ -107,6 +108,7 @@ class Worker:
         topic: str = PROJECTIONS,
         batch_size: int = 500,
         cached_conversations: int = CACHED_CONVERSATIONS,
+        shown_sessions: int = MOST_SESSIONS,
         recorded: Recorded | None = None,
         on_step: Listener | None = None,
         fold: Fold = step,
@@ -134,7 +136,7 @@ class Worker:
         # One thread: commits go out in order, each after the one before it was answered.
         self._committing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="anchorwatch-commit")
         self._pending: _Pending | None = None
-        self._tally = Tally()
+        self._tally = Tally(sessions=shown_sessions)
 
     def run_once(self, timeout: float = 0.0, *, settle: bool = True) -> int:
         """Take what one poll gives, fold it, commit it. Returns how many records were committed.
@@ -228,6 +230,7 @@ class Worker:
             del self._shares[partition]
         for partition in list(self._reached.keys() - assigned):
             del self._reached[partition]
+            self._tally.leave(partition)
             telemetry.LAG.remove(partition)  # whoever has it now says how far behind it is
         for partition in self.paused.keys() - assigned:
             del self.paused[partition]  # whoever has it now finds out for itself
@@ -245,6 +248,7 @@ class Worker:
         if look:
             self._look_next = self._clock() + LOOK_SECONDS
             self._look()
+            self._tally.show(self._wall_clock())
             for partition in self.paused:
                 self._measure_lag(partition)
         return settled
@@ -420,7 +424,7 @@ class Worker:
                 first_reason=poison.reason,
             )
         share = self._shares.get(partition)
-        self._tally.add(folded.steps, share.config if share else None)
+        self._tally.add(folded.steps, share.config if share else None, partition)
         if self._on_step is None:
             return
         for projection, result in folded.steps:
