@@ -18,6 +18,8 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 # Letters by name, and nothing to see: Hangul fillers, the empty Braille pattern, the grapheme joiner.
 _BLANK = {"\u034f", "\u115f", "\u1160", "\u2800", "\u3164", "\uffa0"}
 _JOINERS = {"\u200c", "\u200d"}  # Persian, the scripts of India, and emoji are not written without them
+# Signs that stand before the digits they embrace: they are seen, though Unicode counts them among the formats.
+_EMBRACING = {*map(chr, range(0x600, 0x606)), *"\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"}
 _RIGHT_TO_LEFT = {"R", "AL", "AN"}
 _ISOLATE, _END = "\u2068", "\u2069"
 # What JSON lets pass, and a terminal or a viewer obeys: C1 controls, line separators, marks of direction, what is no
@@ -71,7 +73,7 @@ def json_line(encoded: bytes) -> bytes:
 
 
 def _visible(character: str) -> bool:
-    if character in _JOINERS:
+    if character in _JOINERS or character in _EMBRACING:
         return True
     return unicodedata.category(character) not in _HIDDEN and character not in _BLANK
 

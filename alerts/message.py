@@ -71,6 +71,7 @@ _REASONS: dict[str, str] = {
     "digest": "digest",
     "test": "test",
 }
+MOST_ROLES = 3
 CAUTION = "A low reading is a permissive state of the model, not proof of harm."
 
 
@@ -140,20 +141,19 @@ def sentence(alert: Alert, name: Name = shown) -> str:
 
 def facts(alert: Alert, name: Name = shown) -> list[Fact]:
     """What one looks up, each with its label; those without a value are left out."""
-    roles = ", ".join(name(role) for role in alert.nearest_roles)
     rows = (
         ("Severity", alert.severity if alert.firing else f"resolved, was {alert.severity}"),
         ("Kind", _KINDS[alert.kind]),
         ("Conversation", name(alert.conversation_id) if alert.conversation_id else ""),
         ("Deployment", name(alert.deployment)),
         ("Model", name(alert.model) if alert.model else ""),
-        ("Since", alert.starts_at),
-        ("Until", alert.ends_at or ""),
-        ("Reading", f"{alert.value:.2f} of {alert.boundary:.2f} ({name(alert.statistic)}), risk {alert.risk:.2f}"),
+        ("Since", name(alert.starts_at)),
+        ("Until", name(alert.ends_at) if alert.ends_at else ""),
+        ("Reading", f"{name(alert.statistic)} {alert.value:.2f}, boundary {alert.boundary:.2f}, risk {alert.risk:.2f}"),
         ("Budget", _budget(alert)),
-        ("Nearest roles", roles),
+        ("Nearest roles", ", ".join(name(role) for role in alert.nearest_roles[:MOST_ROLES])),
         ("Acknowledged by", name(alert.acknowledged_by) if alert.acknowledged_by else ""),
-        ("Trajectory", alert.sparkline),
+        ("Trajectory", name(alert.sparkline) if alert.sparkline else ""),
     )
     return [Fact(label, value) for label, value in rows if value]
 

@@ -27,6 +27,7 @@ MOST_TEXT = 3000
 MOST_FIELD = 2000
 MOST_FIELDS = 10
 MOST_NAME = 48  # of a name's own characters: written out, each may become ten
+MOST_OWN = 500  # of our own sentences: escaped, each character may become five
 AROUND = 4  # blocks beside the alerts: header, note, what is not shown, caution
 IN_FIELDS = (
     "Severity",
@@ -76,7 +77,7 @@ def body(notification: Notification, config: AlertsConfig, max_alerts: int) -> b
     unseen = len(notification.alerts) - len(told)
     blocks: list[dict[str, Any]] = [{"type": "header", "text": _plain(_mark(notification) + headline(notification))}]
     if notification.note:
-        blocks.append(_section(mrkdwn(notification.note)))
+        blocks.append(_section(mrkdwn(cut(notification.note, MOST_OWN))))
     blocks += [_alert(alert, config) for alert in told]
     if notification.truncated or unseen:
         blocks.append(_section(more(notification, unseen)))
@@ -92,13 +93,11 @@ def body(notification: Notification, config: AlertsConfig, max_alerts: int) -> b
 
 
 def _alert(alert: Alert, config: AlertsConfig) -> dict[str, Any]:
-    text = f"*{'Critical' if alert.severity == 'critical' else alert.severity.capitalize()}.* {sentence(alert, _name)}"
-    if not alert.firing:
-        text = sentence(alert, _name)
+    text = f"*{alert.severity.capitalize() if alert.firing else 'Resolved'}.* {sentence(alert, _name)}"
     if alert.story:
-        text += f"\n{mrkdwn(alert.story)}"
+        text += f"\n{mrkdwn(cut(alert.story, MOST_OWN))}"
     if alert.sparkline:
-        text += f"\n`{mrkdwn(alert.sparkline)}`"
+        text += f"\n{_name(alert.sparkline)}"
     block = _section(_with_links(text, links(alert, config)))
     found = [fact for fact in facts(alert, _name) if fact.label in IN_FIELDS]
     block["fields"] = [_mrkdwn(cut(f"*{label}*\n{value}", MOST_FIELD)) for label, value in found[:MOST_FIELDS]]
