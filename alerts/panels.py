@@ -176,6 +176,8 @@ def rows(
         .span(span)
         .no_value("–")
         .show_header(True)
+        .align(common.FieldTextAlignment.AUTO)
+        .inspect(False)
         .targets([_target(query, "A").instant().format(PromQueryFormat.TABLE)])
         .transformations([keep, arrange])
         .sort_by([build_common.TableSortByFieldState().display_name(value).desc(True)])

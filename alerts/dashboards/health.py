@@ -31,7 +31,7 @@ _glance: list[Panel] = [
         limits=(Limit(1000, "yellow"), Limit(10_000, "red")),
     ),
     number(
-        "Workers",
+        "Workers at work",
         "Workers whose loop came round within the last minute.",
         "short",
         Query("count(time() - anchorwatch_worker_loop_timestamp_seconds < 60) or vector(0)"),
