@@ -26,7 +26,6 @@ from monitor.errors import ChannelError, ChannelUnavailable
 __all__ = ["Client", "Reply", "retry_after"]
 
 MOST_RETRY_AFTER = 3600.0
-IDLE_SECONDS = 15.0  # a connection is used again within; then the name is resolved anew
 
 _PASSING = {408, 425, 429}
 _WORD = re.compile(rb"[a-z]+(_[a-z]+){0,5}")
@@ -73,7 +72,7 @@ class Client:
         self._deadline = Deadline()
         self._pool = httpcore.ConnectionPool(
             ssl_context=httpx.create_ssl_context(),
-            keepalive_expiry=IDLE_SECONDS,
+            max_keepalive_connections=0,  # what is left over of one answer is never read as the next one
             network_backend=Pinned(self._deadline, resolve or addresses, allow_private),
         )
 
@@ -108,13 +107,19 @@ class Client:
         raise self._refusal(shown, status, found, answer)
 
     def close(self) -> None:
-        """Close its connections."""
+        """Nothing is left open between requests; but close what there may be."""
         self._pool.close()
 
     def _exchange(
         self, target: Target, body: bytes, headers: Mapping[str, str]
     ) -> tuple[int, dict[bytes, bytes], bytes]:
-        sent = {"Host": target.authority, "User-Agent": "anchorwatch", "Accept-Encoding": "identity", **headers}
+        sent = {
+            "Host": target.authority,
+            "User-Agent": "anchorwatch",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+            **headers,
+        }
         url = httpcore.URL(
             scheme=target.scheme.encode(), host=target.host.encode(), port=target.port, target=target.path
         )
@@ -166,7 +171,7 @@ def retry_after(value: str, *, now: float) -> float | None:
 
 def _no_answer(shown: str, error: Exception) -> ChannelUnavailable:
     """Told by the kind of failure: what the library says may quote what was sent."""
-    cause = error.__cause__
+    cause = error.args[0] if error.args else None  # so the library passes on what the system says
     if isinstance(cause, ssl.SSLCertVerificationError):
         return ChannelUnavailable(
             f"{shown} shows a certificate that can't be trusted: {cause.verify_message}",
