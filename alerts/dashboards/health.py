@@ -125,7 +125,7 @@ _workers: list[Panel] = [
         "short",
         Query("sum(anchorwatch_housekeeper)", "keeps house"),
         Query("sum by (duty) (increase(anchorwatch_duty_failures_total[1h]))", "failed: {{duty}}"),
-        Query("time() - max(anchorwatch_fleet_closed_seconds > 0)", "minutes closed"),
+        Query("time() - max(anchorwatch_fleet_closed_timestamp_seconds > 0)", "minutes closed"),
     ),
 ]
 
