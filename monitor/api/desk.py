@@ -175,7 +175,7 @@ class Desk:
             "opened": opened,
             "last": findings[0] if findings else None,
             "story": story(session, findings, stands),
-            "roles": self._roles(session, fate.alert) or (findings[0].nearest_roles[:3] if findings else []),
+            "roles_near": self._roles(session, fate.alert),
             "episode": episode,
             "fate": fate,
             "alert": alert_says(session, fate.alert, fate.seen_by, over=fate.over, shadow=shadow),

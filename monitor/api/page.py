@@ -19,6 +19,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 
 from monitor.actions import ActionsFold, append_action, withdraw
+import monitor.api.rim  # what `{conversation_id:id}` means
 from monitor.api import visit
 from monitor.api.auth import ANYBODY, Key, Keys, Scope
 from monitor.api.browser import HEADERS, Form, from_elsewhere, here, local, same_site
@@ -178,7 +179,7 @@ def find(request: Request, visitor: Reading, id: str = "") -> Response:
     return session(request, visitor, id.strip() or id) if id else RedirectResponse("/", 303, HEADERS)
 
 
-@router.get("/sessions/{conversation_id:path}")
+@router.get("/sessions/{conversation_id:id}")
 def session(request: Request, visitor: Reading, conversation_id: str) -> Response:
     """One session."""
     found = request.app.state.page.desk.session(conversation_id)
