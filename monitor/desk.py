@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,11 +26,13 @@ __all__ = [
     "AsJson",
     "By",
     "Note",
+    "Rules",
     "duration",
     "lines",
     "moment",
     "open_log",
     "quietly",
+    "rules_file",
     "say",
     "stderr",
     "stdout",
@@ -39,6 +42,10 @@ __all__ = [
 By = Annotated[str, typer.Option(help="Who you are; it is kept with what you do.")]
 Note = Annotated[str, typer.Option(help="Why, up to 1000 characters. No conversation text: it is kept for ever.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+Rules = Annotated[
+    Path | None, typer.Option("--config", help="File of rules and routes. [default: ANCHORWATCH_ALERTS_FILE]")
+]
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -100,3 +107,15 @@ def duration(text: str) -> timedelta:
 def moment(time: datetime) -> str:
     """As actions have it."""
     return time.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def rules_file(given: Path | None) -> Path:
+    """The file of rules that is meant.
+
+    Raises:
+        ConfigurationError: none is.
+    """
+    path = given or load_settings().alerts_file
+    if path is None:
+        raise ConfigurationError("no file of rules is named", cure="name one, or set ANCHORWATCH_ALERTS_FILE")
+    return path
