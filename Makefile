@@ -52,8 +52,8 @@ bench: $(INSTALLED)  ## what the tap costs: decode throughput with it over witho
 
 secrets:  ## make the passwords for docker-compose.yml that deploy/secrets lacks
 	@chmod 700 deploy/secrets
-	@test -e deploy/secrets/redis_password || \
-	  (umask 333; $(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > deploy/secrets/redis_password)
+	@for name in redis_password grafana_admin_password; do test -e deploy/secrets/$$name || \
+	  (umask 333; $(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > deploy/secrets/$$name) || exit 1; done
 
 clean:  ## remove .venv and everything that was built or cached in this folder
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -156,20 +156,23 @@ def test_volumes_are_named_or_read_only_files_of_ours() -> None:
                 assert not mode, (name, mount)
             else:
                 assert (ROOT / source).is_file() and mode == ["ro"], (name, mount)
+                assert subprocess.run(["git", "ls-files", "--error-unmatch", source], cwd=ROOT).returncode == 0, mount
             assert target.startswith("/")
     used = {mount.split(":")[0] for service in SERVICES.values() for mount in service.get("volumes", [])}
     assert COMPOSE["volumes"].keys() <= used
 
 
-def test_only_the_api_and_prometheus_can_be_reached_and_only_from_this_machine() -> None:
-    assert {name for name, service in SERVICES.items() if "ports" in service} == {"api", "prometheus"}
+def test_only_what_people_look_at_can_be_reached_and_only_from_this_machine() -> None:
+    shown = {"api", "prometheus", "alertmanager", "grafana"}
+    assert {name for name, service in SERVICES.items() if "ports" in service} == shown
     for service in SERVICES.values():
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:")
         assert "expose" not in service
     outer = {name for name, network in COMPOSE["networks"].items() if not network.get("internal")}
     assert outer == {"edge"}
-    assert {name for name, service in SERVICES.items() if "edge" in service["networks"]} == {"api", "prometheus"}
+    # The dispatcher is there to reach receivers.
+    assert {name for name, service in SERVICES.items() if "edge" in service["networks"]} == {*shown, "dispatcher"}
 
 
 def test_each_server_is_reached_by_its_clients_only() -> None:
@@ -223,6 +226,42 @@ def test_the_page_tells_each_service_and_its_limits() -> None:
     assert {name: row.split(", ") for name, row in rows.items()} == {
         name: service["networks"] for name, service in SERVICES.items()
     }
+
+
+# What the servers are given.
+
+
+def mounts(service: str) -> dict[str, Path]:
+    """Where a file is in the container → which file of ours it is."""
+    pairs = [mount.split(":") for mount in SERVICES[service]["volumes"]]
+    return {target: ROOT / source for source, target, *mode in pairs if mode}
+
+
+def test_grafana_finds_the_dashboards_and_their_prometheus() -> None:
+    inside = mounts("grafana")
+    (sources,) = [yaml.safe_load(file.read_text()) for place, file in inside.items() if "/datasources/" in place]
+    (providers,) = [yaml.safe_load(file.read_text()) for place, file in inside.items() if "/provisioning/dash" in place]
+    assert sources["apiVersion"] == providers["apiVersion"] == 1
+    (source,) = sources["datasources"]
+    command = SERVICES["prometheus"]["command"]
+    (port,) = [word.rpartition(":")[2] for word in command if word.startswith("--web.listen-address")]
+    assert source["type"] == "prometheus" and source["url"] == f"http://prometheus:{port}" and source["isDefault"]
+    assert "metrics" in set(SERVICES["grafana"]["networks"]) & set(SERVICES["prometheus"]["networks"])
+    scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == scraped
+    (provider,) = providers["providers"]
+    folder = provider["options"]["path"]
+    shown = {file for place, file in inside.items() if Path(place).parent == Path(folder)}
+    assert shown == set((ROOT / "alerts" / "dashboards").glob("*.json"))
+
+
+def test_alertmanager_takes_its_configuration() -> None:
+    amtool = shutil.which("amtool")
+    if amtool is None:
+        pytest.skip("amtool is not installed; Debian and Ubuntu: apt-get install prometheus-alertmanager")
+    (file,) = mounts("alertmanager").values()
+    done = subprocess.run([amtool, "check-config", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # The Dockerfile.
