@@ -11,7 +11,7 @@ from monitor import telemetry
 from monitor.busiest import Busiest
 from monitor.detect.baseline import DetectorConfig
 from monitor.detect.conversation import Step
-from monitor.events import Projection
+from monitor.events import Kind, Projection, Severity
 from monitor.standing import RECENT_SECONDS, Standings
 
 __all__ = ["MOST_DEPLOYMENTS", "MOST_SESSIONS", "Tally"]
@@ -19,6 +19,15 @@ __all__ = ["MOST_DEPLOYMENTS", "MOST_SESSIONS", "Tally"]
 MOST_DEPLOYMENTS = 50
 MOST_SESSIONS = 20
 REMEMBERED = 100_000  # conversations that have warned
+_OPENING: tuple[Kind, ...] = ("low_start", "sudden_drop", "sustained_drop", "dip")
+# What can be found. Prometheus sees no increase in a series that begins at 1, so each begins at 0.
+_FINDINGS: tuple[tuple[Kind, Severity], ...] = (
+    *((kind, "warning") for kind in _OPENING),
+    *((kind, "critical") for kind in _OPENING),
+    ("recovered", "info"),
+    ("fleet_shift", "warning"),
+    ("fleet_shift", "info"),
+)
 _BY_DEPLOYMENT = (
     telemetry.RESPONSES,
     telemetry.TOKENS,
@@ -63,7 +72,10 @@ class Tally:
             deployments[one[0].deployment].append(one)
         for deployment, some in deployments.items():
             label = self._busiest.count(deployment, len(some))
-            self._labels.add(label)
+            if label not in self._labels:
+                self._labels.add(label)
+                for kind, severity in _FINDINGS:
+                    telemetry.FINDINGS.labels(label, kind, severity)
             self._count(label, some)
         for projection, result in steps:
             if result.z is not None:

@@ -367,6 +367,18 @@ OTLP_EVENTS = Counter(
     registry=REGISTRY,
 )
 
+# What is counted seldom is there from the start, at 0: Prometheus sees no increase in a series that begins at 1.
+for _instrument, _values in (
+    (DEAD_LETTER_RECORDS, ("bad_control", "fold_failed", "undecodable", "unusable", "wrong_key", "wrong_partition")),
+    (COMMITS, ("committed", "refused")),
+    (DUTY_FAILURES, ("actions", "ages", "expiry", "fleet", "lease")),
+    (PUBLISHER_DROPPED, ("closed", "full", "invalid", "log", "spool")),
+    (HTTP_PROJECTIONS, ("accepted", "rejected")),
+    (OTLP_EVENTS, ("dropped", "failed", "sent")),
+):
+    for _value in _values:
+        _instrument.labels(_value)
+
 
 def serve_metrics(port: int | None) -> None:
     """Serve the instruments on a port, from a thread; on None, not at all.
