@@ -14,7 +14,7 @@ from monitor.drawing import Scale
 from monitor.events import Finding
 from monitor.store.store import TrajectoryPoint
 
-__all__ = ["Bar", "Chart", "Dot", "Span", "Spark", "chart_of", "critical_at", "spark_of", "spark_top"]
+__all__ = ["Bar", "Chart", "Dot", "Span", "Spark", "chart_of", "episodes", "spark_of", "spark_top"]
 
 LOWEST, HIGHEST = -12.0, 6.0  # z beyond this is drawn at the edge
 MOST_RISK = 6.0
@@ -40,7 +40,7 @@ class Dot(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """One response's risk, and how it stands to the boundaries: `inside`, `warning`, `critical`."""
+    """One response's risk. `inside` is below the warning boundary; beyond it, what had been found by then."""
 
     x: float
     y: float
@@ -65,7 +65,7 @@ class Chart(NamedTuple):
         ceiling, floor: of the lower one.
         line: polyline of z.
         zero, band: y of the healthy mean, and of one standard deviation above and below it.
-        boundary, critical: y of risk 1, and of the critical boundary, where one is known and in sight.
+        boundary: y of risk 1.
         z_ticks, turn_ticks: place and label.
     """
 
@@ -84,7 +84,6 @@ class Chart(NamedTuple):
     zero: float
     band: tuple[float, float]
     boundary: float
-    critical: float | None
     z_ticks: list[tuple[float, str]]
     turn_ticks: list[tuple[float, str]]
 
@@ -108,14 +107,6 @@ def spark_of(points: Sequence[TrajectoryPoint], top: float, width: float = 132.0
     return Spark(width, height, _line(places), rise(1.0), places[-1])
 
 
-def critical_at(findings: Sequence[Finding]) -> float | None:
-    """The risk at which critical begins, as the newest critical finding has it; None where there is none."""
-    for finding in findings:
-        if finding.severity == "critical" and finding.value > 0.0 and finding.risk > 0.0:
-            return finding.boundary * finding.risk / finding.value
-    return None
-
-
 def chart_of(
     points: Sequence[TrajectoryPoint], findings: Sequence[Finding], width: float, height: float = 300.0
 ) -> Chart | None:
@@ -134,17 +125,18 @@ def chart_of(
     down = Scale(low, high, bottom, top)
     half = (right - left) / (2 * len(shown))
     across = Scale(-0.5, len(shown) - 0.5, left, right)
-    critical = critical_at(findings)
     highest = min(MOST_RISK, max(1.5, *(risk for _, _, risk in shown))) * 1.08
     rise = Scale(0.0, highest, floor, ceiling)
     found = {finding.turn: finding.severity for finding in reversed(findings)}
+    critical = critical_turns(findings)
     dots, bars = [], []
     wide = max(1.0, min(24.0, 1.4 * half))
     for i, (point, z, risk) in enumerate(shown):
         sort = found.get(point.turn, "plain") if point.outcome == "folded" else "plain"
         dots.append(Dot(across(i), down(z), sort))
         y = rise(risk)
-        over = "inside" if risk < 1.0 else "critical" if critical is not None and risk >= critical else "warning"
+        worst = "critical" if any(first <= point.turn <= last for first, last in critical) else "warning"
+        over = "inside" if risk < 1.0 else worst
         bars.append(Bar(round(across(i) - wide / 2, 1), y, round(wide, 1), round(max(1.0, floor - y), 1), over))
     turns = [point.turn for point, _, _ in shown]
     spans = []
@@ -171,7 +163,6 @@ def chart_of(
         zero=down(0.0),
         band=(down(1.0), down(-1.0)),
         boundary=rise(1.0),
-        critical=rise(critical) if critical is not None and critical < highest else None,
         z_ticks=[
             (down(value), f"{value:+d}".replace("+0", "0").replace("-", "−"))
             for value in range(math.ceil(low), math.floor(high) + 1)
@@ -198,6 +189,13 @@ def episodes(findings: Sequence[Finding]) -> list[tuple[int, int | None, str]]:
             first, last, _ = found[finding.episode_id]
             found[finding.episode_id] = first, last, "critical"
     return list(found.values())
+
+
+def critical_turns(findings: Sequence[Finding]) -> list[tuple[int, float]]:
+    """From which turn to which each episode was critical; without end while it is open. `findings`: newest first."""
+    ends = {one.episode_id: float(one.turn) for one in findings if one.kind == "recovered"}
+    begins = {one.episode_id: one.turn for one in findings if one.severity == "critical"}
+    return [(turn, ends.get(episode, math.inf)) for episode, turn in begins.items()]
 
 
 def _line(places: Sequence[tuple[float, float]]) -> str:

@@ -39,6 +39,7 @@ ROWS = 25
 LOOKED_UP = 50  # drifting sessions whose alerts are asked for before the list is put in order
 FINDINGS = 200
 SHIFTS = 5
+CHARTS = {"wide": (900.0, 320.0), "narrow": (350.0, 300.0)}  # one of them is shown, so that its words stay legible
 SHIFT_SECONDS = 86_400.0
 
 
@@ -175,11 +176,15 @@ class Desk:
             "opened": opened,
             "last": findings[0] if findings else None,
             "story": story(session, findings, stands),
+            "budgets": {one.severity: one for one in reversed(findings) if one.severity != "info"},
             "roles_near": self._roles(session, fate.alert),
             "episode": episode,
             "fate": fate,
             "alert": alert_says(session, fate.alert, fate.seen_by, over=fate.over, shadow=shadow),
-            "charts": [("wide", chart_of(points, findings, 680.0)), ("narrow", chart_of(points, findings, 350.0))],
+            "charts": [
+                ("wide", chart_of(points, findings, 900.0, 320.0)),
+                ("narrow", chart_of(points, findings, 350.0)),
+            ],
             "verdict": done(key, self._store.actions(key).get(key)),
             "silences": [one for one in in_force(self._store.actions("silence/"), now) if one.concerns(session, kind)],
             "kind": kind,

@@ -216,10 +216,10 @@ def alert_says(session: Session, alert: Alert | None, seen_by: str, *, over: boo
         return RESOLUTIONS["resolved"]
     if seen_by:
         return f"seen by {legible(seen_by)}"
+    if shadow:
+        return ""  # the page says so once
     if alert is None:
         return "no alert yet"
-    if shadow:
-        return "shadow: nobody is told"
     told = sum(word != "resolved" for word in alert.told.values())
     return f"told {told} receiver{'' if told == 1 else 's'}, nobody has it" if told else "nobody is told yet"
 
