@@ -373,6 +373,7 @@ for _instrument, _values in (
     (COMMITS, ("committed", "refused")),
     (DUTY_FAILURES, ("actions", "ages", "expiry", "fleet", "lease")),
     (PUBLISHER_DROPPED, ("closed", "full", "invalid", "log", "spool")),
+    (RESPONSES_UNSCORED, ("empty", "error", "not_finite", "tap_error", "unidentified", "unsupported")),
     (HTTP_PROJECTIONS, ("accepted", "rejected")),
     (OTLP_EVENTS, ("dropped", "failed", "sent")),
 ):
