@@ -53,7 +53,7 @@ __all__ = [
 LABELS = ("alertname", "severity", "kind", "deployment", "model", "persona", "conversation_id", "episode_id")
 VALUES: dict[str, tuple[str, ...]] = {
     "alertname": ("AnchorwatchPersonaDrift", "AnchorwatchFleetShift"),
-    "severity": ("warning", "critical"),
+    "severity": ("warning", "critical", "info"),
     "kind": tuple(kind for kind in get_args(Kind) if kind != "recovered"),
 }
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")

@@ -226,7 +226,7 @@ def _email(section: Section, receiver: str, index: int) -> EmailConfig:
         section.wrong("to", "name at least one address")
     host, _, port = section.text("smarthost").rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if "smarthost" in section and (not host or not port.isdecimal() or not 0 < int(port) < 65536):
+    if "smarthost" in section and (not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536):
         section.wrong("smarthost", "must be host:port, such as smtp.example.com:587")
         port = "587"
     username, password = section.text("auth_username", ""), section.secret("auth_password_file")

@@ -26,7 +26,7 @@ MAX_SECONDS = 366 * 86_400.0
 T = TypeVar("T")
 
 _UNITS = {"y": 365 * 86_400.0, "w": 7 * 86_400.0, "d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION = re.compile("".join(rf"(?:(\d{{1,9}}){unit})?" for unit in _UNITS))
+_DURATION = re.compile("".join(rf"(?:([0-9]{{1,9}}){unit})?" for unit in _UNITS))
 _TRUTH = {"true": True, "false": False}
 
 
@@ -117,7 +117,7 @@ class Section:
         node = self._scalar(key)
         if node is None:
             return default
-        if re.fullmatch(r"\d{1,12}", node.value) is None or not least <= int(node.value) <= most:
+        if re.fullmatch(r"[0-9]{1,12}", node.value) is None or not least <= int(node.value) <= most:
             self.wrong(key, f"must be a whole number from {least} to {most}")
             return default
         return int(node.value)
