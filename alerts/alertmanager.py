@@ -20,7 +20,7 @@ from alerts.config import AlertmanagerConfig, AlertsConfig
 from alerts.http import Client
 from alerts.message import annotations_of, links
 from alerts.secret import read_secret
-from monitor.alert import Alert, Notification, labels, state
+from monitor.alert import Alert, Notification, labels
 from monitor.errors import ChannelError, ChannelUnavailable
 
 __all__ = ["MOST_ALERTS", "AlertmanagerChannel", "posted"]
@@ -92,17 +92,14 @@ class AlertmanagerChannel:
 def posted(alert: Alert, integration: str, time: str, config: AlertsConfig) -> list[dict[str, Any]]:
     """What is posted of one alert; `time` is the notification's.
 
-    The labels that Alertmanager knows it by, where they are others than now, come first, as over.
+    Where Alertmanager knows it by other labels than now, those come second, as over: should a message of its own go out
+    in between, it says too much rather than too little.
     """
-    before, now = alert.told.get(integration), state(alert)
-    entries = []
+    ends = None if alert.firing else alert.ends_at
+    entries = [_entry(alert, alert.severity, config, ends=ends, told=time)]
+    before = alert.told.get(integration)
     if before not in (None, "resolved", alert.severity):
-        entries.append(_entry(alert, before, config, ends=time if alert.firing else alert.ends_at, told=time))
-    entries.append(
-        _entry(alert, alert.severity, config)
-        if now != "resolved"
-        else _entry(alert, alert.severity, config, ends=alert.ends_at, told=time)
-    )
+        entries.append(_entry(alert, before, config, ends=ends or time, told=time))
     return entries
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,7 +101,7 @@ def fingerprint(labels: dict[str, str]) -> str:
     found = 0xCBF2_9CE4_8422_2325
     for name, value in sorted(labels.items()):
         if name != "severity":
-            for byte in os.fsencode(name) + b"\xff" + value.encode() + b"\xff":
+            for byte in name.encode() + b"\xff" + value.encode() + b"\xff":
                 found = (found ^ byte) * 0x100_0000_01B3 & 0xFFFF_FFFF_FFFF_FFFF
     return f"{found:016x}"
 
