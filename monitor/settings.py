@@ -257,6 +257,21 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="How long an HTTP request waits for the log before it is answered with 503.",
     )
+    page_url: str = Field(
+        default="",
+        pattern=r"^(https?://\S+)?$",
+        description="Where people reach the web page; with https its cookies travel over TLS only.",
+    )
+    page_conversation_url: str = Field(
+        default="",
+        pattern=r"^(https?://\S*\{conversation_id\}\S*)?$",
+        description="Address of a conversation in your log viewer, with {conversation_id} in it: the page links there.",
+    )
+    page_runbook_url: str = Field(
+        default="",
+        pattern=r"^(https?://\S*\{kind\}\S*)?$",
+        description="Address of the runbook for a kind of finding, with {kind} in it: the page links there.",
+    )
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="Port of the Prometheus metrics. By default they are not served."
     )

@@ -19,7 +19,8 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 
 from monitor.actions import ActionsFold, append_action, withdraw
-from monitor.api import rim, visit
+from monitor.api import rim as _rim  # noqa: F401  # it gives routes `{conversation_id:id}`
+from monitor.api import visit
 from monitor.api.auth import ANYBODY, Key, Keys, Scope
 from monitor.api.browser import HEADERS, Form, from_elsewhere, here, local, same_site
 from monitor.api.desk import Desk, Links
@@ -149,7 +150,6 @@ class _Told(APIRoute):
         return told
 
 
-assert rim.path_of  # it gives routes `{conversation_id:id}`
 router = APIRouter(route_class=_Told, include_in_schema=False)
 
 # What is shown
