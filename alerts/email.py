@@ -236,6 +236,6 @@ def _failures(where: str) -> Iterator[None]:
 
 
 def _answered(where: str, code: int, cure: str) -> ChannelError:
-    """Below 500 a refusal passes (RFC 5321, 4.2.1)."""
+    """Below 500 a refusal passes (RFC 5321, 4.2.1). 500 is what the library makes of what is no SMTP at all."""
     problem = f"{where} answers {code}"
-    return ChannelError(problem, cure=cure) if code >= 500 else ChannelUnavailable(problem, cure=cure)
+    return ChannelError(problem, cure=cure) if code > 500 else ChannelUnavailable(problem, cure=cure)
