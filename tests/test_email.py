@@ -168,7 +168,7 @@ class Box:
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
         if self.answer.startswith("250"):
             self.taken.append(envelope)
-            self.secure.append(session.ssl is not None)
+            self.secure.append(server.transport.get_extra_info("ssl_object") is not None)
         return self.answer
 
     def authenticate(self, server: SMTP, session: Session, envelope: Envelope, mechanism: str, data: Any) -> AuthResult:
