@@ -149,12 +149,22 @@ def demo(
 
 @app.command()
 def dispatch(
-    out: Annotated[Path | None, typer.Option(help="File to append to. [default: standard output]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="File of rules and routes. [default: ANCHORWATCH_ALERTS_FILE]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Without rules: every alert at once, one JSON object a line, into this file.")
+    ] = None,
 ) -> None:
-    """Tell people what the worker found, one JSON object a line, until SIGTERM or Ctrl-C."""
+    """Tell people what the worker found, by rules and routes, until SIGTERM or Ctrl-C.
+
+    Without rules, every alert goes to standard output at once, one JSON object a line. With rules, nothing goes out
+    before `anchorwatch alerts enable`.
+    """
     from alerts.dispatch import run
 
-    run(load_settings(), out)
+    settings = load_settings()
+    run(settings if config is None else settings.model_copy(update={"alerts_file": config}), out)
 
 
 @app.command()

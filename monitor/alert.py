@@ -98,7 +98,9 @@ class Notification(Struct, frozen=True, kw_only=True, omit_defaults=True):
         covered: alert id → what the integration counts as told of, once it is taken; also those not shown.
         truncated: how many alerts of the group it covers but does not show.
         note: one plain sentence, where there is something to say beside the alerts: what a cap has held back.
-        sent: whether the integration has taken it.
+        sent: whether the integration has taken it; then it is kept without its alerts.
+        spent: deployment → how many notifications its cap has counted today for the integration, this one included;
+            under the empty name, those of all deployments. Empty where there is no cap.
     """
 
     id: str
@@ -113,6 +115,7 @@ class Notification(Struct, frozen=True, kw_only=True, omit_defaults=True):
     truncated: int = 0
     note: str = ""
     sent: bool = False
+    spent: dict[str, int] = {}
 
     @property
     def status(self) -> Literal["firing", "resolved"]:

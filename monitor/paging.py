@@ -1,8 +1,10 @@
-"""Whether a pending finding is told to people, waits, or is only kept. Pure: time and all that is known are passed in.
+"""Whether a pending finding becomes part of an alert, waits, or is only kept. Pure: time and all that is known are
+passed in.
 
-It knows no channel and no store. A finding is young while it is not older than `max_age`; only young ones page as they
-come. An old one means that a worker catches up, after a wipe or a long stop: it pages only where its episode turns out
-to be still open at the end, in a conversation that still goes on.
+It knows no channel and no store, and nothing of silences: those are about alerts. A finding is young while it is not
+older than `max_age`; only young ones open an alert as they come. An old one means that a worker catches up, after a
+wipe or a long stop: it does so only where its episode turns out to be still open at the end, in a conversation that
+still goes on. What belongs to an alert that there is, is part of it however old it is.
 """
 
 from __future__ import annotations
@@ -11,32 +13,28 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
-from monitor.actions import Silence
 from monitor.events import Finding
 from monitor.store.store import Pending, Session
 
 __all__ = ["Decision", "Known", "Reason", "decide"]
 
 Reason: TypeAlias = Literal[
-    "new",  # tell
-    "recovered",  # tell
-    "still_open",  # tell
+    "new",  # take
+    "same_episode",  # take
+    "still_open",  # take
     "catching_up",  # wait
     "forgetting",  # wait
-    "silenced",  # wait
-    "told",  # keep
-    "acknowledged",  # keep
+    "known",  # keep
     "weak_identity",  # keep
-    "never_told",  # keep
+    "never_alerted",  # keep
     "over",  # keep
 ]
-_ACTS: dict[Reason, Literal["tell", "wait", "keep"]] = {
-    "new": "tell",
-    "recovered": "tell",
-    "still_open": "tell",
+_ACTS: dict[Reason, Literal["take", "wait", "keep"]] = {
+    "new": "take",
+    "same_episode": "take",
+    "still_open": "take",
     "catching_up": "wait",
     "forgetting": "wait",
-    "silenced": "wait",
 }
 UNSURE = {"weak", "unlinked"}
 
@@ -48,7 +46,7 @@ class Decision(NamedTuple):
     reason: Reason
 
     @property
-    def act(self) -> Literal["tell", "wait", "keep"]:
+    def act(self) -> Literal["take", "wait", "keep"]:
         """What to do with it."""
         return _ACTS.get(self.reason, "keep")
 
@@ -59,10 +57,8 @@ class Known(NamedTuple):
     Attributes:
         now: wall clock, seconds since 1970.
         max_age: seconds; a finding that is older by its event time is old.
-        told: ids of findings that have been told.
-        told_episodes: ids of episodes of which something has been told.
-        acknowledged: ids of findings that somebody has seen.
-        silences: those that are in force.
+        findings: whether a finding of this id is part of an alert already.
+        episodes: ids of the episodes that have an alert, over or not.
         forgetting: conversations that are about to be deleted.
         behind: whether the partition of a conversation still catches up; for the empty id, whether any does.
         session: a conversation as it is now.
@@ -70,10 +66,8 @@ class Known(NamedTuple):
 
     now: float
     max_age: float
-    told: Collection[str]
-    told_episodes: Collection[str]
-    acknowledged: Collection[str]
-    silences: Sequence[Silence]
+    findings: Callable[[str], bool]
+    episodes: Collection[str]
     forgetting: Collection[str]
     behind: Callable[[str], bool]
     session: Callable[[str], Session | None]
@@ -86,29 +80,28 @@ def decide(pending: Sequence[Pending], known: Known) -> list[Decision]:
     in the session has no recovery among what was pending.
     """
     decisions = []
-    told_episodes = set(known.told_episodes)
+    begun: set[str] = set()
     for one in pending:
-        decision = Decision(one, _reason(one.finding, known, told_episodes))
-        if decision.act == "tell":
-            told_episodes.add(one.finding.episode_id)
+        decision = Decision(one, _reason(one.finding, known, begun))
+        if decision.act == "take":
+            begun.add(one.finding.episode_id)
         decisions.append(decision)
     return decisions
 
 
-def _reason(finding: Finding, known: Known, told_episodes: Collection[str]) -> Reason:
+def _reason(finding: Finding, known: Known, begun: Collection[str]) -> Reason:
     if finding.conversation_id in known.forgetting:
         return "forgetting"
-    if finding.id in known.told:
-        return "told"
-    if finding.id in known.acknowledged:
-        return "acknowledged"
+    if known.findings(finding.id):
+        return "known"
     if finding.identity in UNSURE:
         return "weak_identity"
-    if finding.kind == "recovered":
+    if finding.episode_id in begun or finding.episode_id in known.episodes:
         # However old: somebody has been called, and waits for the end of it.
-        return "recovered" if finding.episode_id in told_episodes else "never_told"
-    silenced = any(silence.matches(finding) for silence in known.silences)
-    if known.now - _seconds(finding.time) <= known.max_age and not silenced:
+        return "same_episode"
+    if finding.kind == "recovered":
+        return "never_alerted"
+    if known.now - _seconds(finding.time) <= known.max_age:
         return "new"
     session = known.session(finding.conversation_id) if finding.conversation_id else None
     if session is None or session.episode_id != finding.episode_id:
@@ -117,7 +110,7 @@ def _reason(finding: Finding, known: Known, told_episodes: Collection[str]) -> R
         return "catching_up"
     if known.now - session.time > known.max_age:
         return "over"  # most people whose conversation drifts just leave: such an episode stays open for ever
-    return "silenced" if silenced else "still_open"
+    return "still_open"
 
 
 def _seconds(time: str) -> float:

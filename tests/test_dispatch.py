@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import servers
+from msgspec.structs import replace
 from service import CONFIG, message, projection
 from tiny import environment
 
-from alerts.channels import JsonLines
-from alerts.dispatch import BATCH, LEASE, NOTED_DAYS, Dispatcher
-from monitor.actions import Acknowledgement, Silence, append_action, forget, read_actions, withdraw
+from alerts.config import AlertsConfig, Receiver, Route
+from alerts.dispatch import BATCH, LEASE, Dispatcher
+from alerts.receivers import LogConfig
+from alerts.rules import one_log
+from monitor.actions import (
+    Acknowledgement,
+    Paging,
+    Silence,
+    append_action,
+    forget,
+    read_actions,
+    withdraw,
+)
+from monitor.alert import Alert, Notification
 from monitor.database import sqlite_url
-from monitor.errors import ChannelError, ChannelUnavailable, ConfigurationError, LogUnavailable, StoreUnavailable
-from monitor.events import Finding, Projection, encode
+from monitor.errors import ChannelError, ChannelUnavailable, LogUnavailable, StoreUnavailable
+from monitor.events import Projection
 from monitor.store import Backend
 from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
@@ -34,6 +45,8 @@ from monitor.worker import Worker
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOUR = 3600.0
+LOG = "log/log[0]"
+encode = msgspec.json.Encoder(order="sorted").encode
 
 
 class Clock:
@@ -49,25 +62,43 @@ class Clock:
 class Kept:
     """A channel that keeps what it is given, and fails as it is told to."""
 
-    name = "kept"
+    send_resolved = True
+    refresh: float | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = LOG) -> None:
+        self.name = name
+        self.taken: list[Notification] = []
         self.lines: list[bytes] = []
-        self.fails: Callable[[Sequence[Finding]], Exception | None] = lambda findings: None
+        self.fails: Callable[[Notification], Exception | None] = lambda notification: None
 
-    def deliver(self, findings: Sequence[Finding]) -> None:
-        if error := self.fails(findings):
+    def deliver(self, notification: Notification) -> None:
+        if error := self.fails(notification):
             raise error
-        self.lines += [encode(finding) for finding in findings]
+        self.taken.append(notification)
+        self.lines.append(encode(notification))
+
+    def keep_firing(self, alerts: Sequence[Alert]) -> None:
+        raise AssertionError("it has no refresh")
+
+    def close(self) -> None:
+        pass
 
     @property
-    def kinds(self) -> list[tuple[str, str]]:
-        told = [msgspec.json.decode(line, type=Finding) for line in self.lines]
-        return [(one.conversation_id, one.kind) for one in told]
+    def told(self) -> list[tuple[str, str]]:
+        """Conversation and what was told of it, in order."""
+        return [
+            (alert.conversation_id, one.covered[alert.id])
+            for one in self.taken
+            for alert in one.alerts
+            if alert.id in one.covered
+        ]
 
 
 class House:
     """Log, worker, store and dispatcher of one installation, in one folder."""
+
+    config: AlertsConfig = one_log(None)
+    live: bool | None = True
 
     def __init__(self, folder: Path, redis: str | None) -> None:
         self.folder = folder
@@ -75,6 +106,7 @@ class House:
         self.clock, self.ticks = Clock(), Clock()
         self.log = EmbeddedLog(folder / "log.db")
         self.channel = Kept()
+        self.channels = {LOG: self.channel}
         self.open()
 
     def open(self) -> None:
@@ -91,20 +123,34 @@ class House:
         """A new dispatcher, as after a kill; the old one's lease is given back, or the new one would wait for it."""
         self.store.release(LEASE, "one")
         self.dispatcher = Dispatcher(
-            self.log, self.store, self.channel, max_age=HOUR, holder="one", clock=self.clock, ticks=self.ticks
+            self.log,
+            self.store,
+            self.channels,
+            self.config,
+            max_age=HOUR,
+            live=self.live,
+            holder="one",
+            clock=self.clock,
+            ticks=self.ticks,
         )
 
     def wipe(self) -> None:
         self.store.close()
         self.open()
 
-    def say(self, conversation: str, values: Sequence[float], *, first: int = 0, age: float = 60.0, **changes: object):
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.ticks.now += seconds
+
+    def say(
+        self, conversation: str, values: Sequence[float], *, first: int = 0, age: float = 60.0, **changes: Any
+    ) -> None:
         at = [
             datetime.fromtimestamp(self.clock.now - age, UTC) + timedelta(seconds=number)
             for number in range(len(values))
         ]
         events = [
-            msgspec.structs.replace(
+            replace(
                 projection(conversation, first + number, value),
                 time=at[number].isoformat().replace("+00:00", "Z"),
                 **changes,
@@ -116,6 +162,20 @@ class House:
     def work(self) -> None:
         while self.worker.run_once() or self.worker.run_once():
             pass
+
+    def dispatch(self) -> None:
+        """Until there is nothing more to do."""
+        while self.dispatcher.run_once():
+            pass
+
+    def alerts(self) -> dict[str, Alert]:
+        """Conversation → its newest alert, as it is written down."""
+        found = [
+            msgspec.convert(msgspec.json.decode(value)["body"], Alert)
+            for key, value in read_actions(self.log).items()
+            if key.startswith("alert/")
+        ]
+        return {alert.conversation_id: alert for alert in sorted(found, key=lambda alert: alert.starts_at)}
 
     def close(self) -> None:
         self.log.close()
@@ -136,33 +196,40 @@ BACK = [0.0, 0.0, 0.0, 0.0]
 def test_what_is_found_is_told_once_and_the_outbox_is_empty_then(house: House) -> None:
     house.say("c", LOW)
     house.work()
-    waiting = [encode(one.finding) for one in house.store.pending(9)]
-    assert house.dispatcher.run_once() == 1
-    told = list(house.channel.lines)
-    assert told == waiting and not house.store.pending(9)
-    assert house.dispatcher.run_once() == 0 and house.channel.lines == told
+    (found,) = house.store.findings(9)
+    house.dispatch()
+    (first,) = house.channel.taken
+    (alert,) = first.alerts
+    assert (alert.id, alert.finding_ids, alert.conversation_id) == (found.episode_id, (found.id,), "c")
+    assert alert.story and alert.sparkline and alert.model == "toy"
+    assert (first.reason, first.status, first.covered) == ("first", "firing", {alert.id: found.severity})
+    assert not house.store.pending(9)
+    house.dispatch()
+    assert house.channel.taken == [first]
     house.say("c", BACK, first=3)
     house.work()
-    house.dispatcher.run_once()
-    assert house.channel.kinds == [("c", "dip"), ("c", "recovered")]
+    house.dispatch()
+    assert house.channel.told == [("c", found.severity), ("c", "resolved")]
+    assert house.channel.taken[-1].reason == "all_resolved"
+    assert house.alerts()["c"].resolution == "recovered"
 
 
 def test_a_wiped_store_tells_nobody_again_and_the_end_of_what_was_told(house: House) -> None:
     house.say("c", LOW)
     house.say("d", LOW)
     house.work()
-    house.dispatcher.run_once()
+    house.dispatch()
     first = list(house.channel.lines)
     assert len(first) == 2
     house.wipe()
     house.work()
     assert len(house.store.pending(9)) == 2
-    house.dispatcher.run_once()
+    house.dispatch()
     assert house.channel.lines == first and not house.store.pending(9)
     house.say("c", BACK, first=3)
     house.work()
-    house.dispatcher.run_once()
-    assert house.channel.kinds[2:] == [("c", "recovered")]
+    house.dispatch()
+    assert house.channel.told[2:] == [("c", "resolved")]
 
 
 def test_catching_up_pages_for_what_is_young_or_still_open_at_the_end(house: House) -> None:
@@ -176,56 +243,92 @@ def test_catching_up_pages_for_what_is_young_or_still_open_at_the_end(house: Hou
     house.worker = Worker(house.log, house.store, CONFIG, batch_size=18)
     house.worker.run_once()
     assert house.store.progress(PROJECTIONS)[0].behind
-    house.dispatcher.run_once()
-    assert house.channel.kinds == []
+    house.dispatch()
+    assert house.channel.told == []
     assert {one.finding.conversation_id for one in house.store.pending(9)} == {"left", "open", "heals"}
     house.work()
-    house.dispatcher.run_once()
-    assert sorted({conversation for conversation, _ in house.channel.kinds}) == ["open", "young"]
+    house.pass_time(6)
+    house.dispatch()
+    assert sorted({conversation for conversation, _ in house.channel.told}) == ["open", "young"]
     assert not house.store.pending(9)
 
 
 def test_what_waits_does_not_hold_up_what_comes_behind_it(house: House) -> None:
-    many = 6 * BATCH
-    append_action(house.log, "silence", "s", Silence("2026-06-01T13:00:00Z", deployment="shop", kind="dip"), by="ann")
+    many = 2 * BATCH
     for number in range(many):
-        house.say(f"c{number}", LOW)
+        house.say(f"c{number}", [-9.0], age=2 * HOUR)
+    house.say("still", [0.0], age=2 * HOUR)
+    house.say("loud", [-9.0])
+    house.worker = Worker(house.log, house.store, CONFIG, batch_size=many + 1)
+    house.worker.run_once()
+    house.dispatch()
+    assert house.channel.told == [] and len(house.store.pending(2 * many)) == many
+    house.worker = Worker(house.log, house.store, CONFIG, batch_size=1)
+    house.worker.run_once()
+    house.dispatch()
+    assert house.channel.told == [("loud", "critical")]
+
+
+def test_what_is_silenced_leaves_the_outbox_and_is_told_when_the_silence_ends(house: House) -> None:
+    append_action(house.log, "silence", "s", Silence("2026-06-01T12:10:00Z", deployment="shop", kind="dip"), by="ann")
+    house.say("c", LOW)
     house.say("loud", [-9.0])
     house.work()
-    for _ in range(4):
-        house.dispatcher.run_once()
-    assert house.channel.kinds == [("loud", "low_start")]
-    assert len(house.store.pending(2 * many)) == many
-    withdraw(house.log, "silence", ["s"])
-    while house.dispatcher.run_once():
-        pass
-    assert len(house.channel.lines) == many + 1 and not house.store.pending(9)
+    house.dispatch()
+    assert [conversation for conversation, _ in house.channel.told] == ["loud"] and not house.store.pending(9)
+    house.pass_time(500)
+    house.dispatch()
+    assert len(house.channel.told) == 1
+    house.pass_time(101)
+    house.dispatch()
+    assert house.channel.told[1][0] == "c"
 
 
-def test_a_silence_ends_by_itself(house: House) -> None:
-    append_action(house.log, "silence", "s", Silence("2026-06-01T12:10:00Z"), by="ann")
+def test_a_silence_that_is_withdrawn_ends_at_once(house: House) -> None:
+    append_action(house.log, "silence", "s", Silence("2026-06-01T13:00:00Z"), by="ann")
     house.say("c", LOW)
     house.work()
-    house.dispatcher.run_once()
-    assert house.channel.lines == []
-    house.clock.now += 601
-    house.dispatcher.run_once()
-    assert house.channel.kinds == [("c", "dip")]
+    house.dispatch()
+    assert house.channel.told == []
+    withdraw(house.log, "silence", ["s"])
+    house.pass_time(1.1)
+    house.dispatch()
+    assert [conversation for conversation, _ in house.channel.told] == ["c"]
 
 
-def test_what_was_acknowledged_is_not_told(house: House) -> None:
+def test_what_was_acknowledged_is_not_told_but_its_end_is(house: House) -> None:
     house.say("c", LOW)
     house.work()
     (one,) = house.store.pending(9)
     append_action(house.log, "acknowledge", one.finding.id, Acknowledgement(), by="ann")
-    house.dispatcher.run_once()
+    house.dispatch()
     assert house.channel.lines == [] and not house.store.pending(9)
+    assert house.alerts()["c"].acknowledged_by == "ann"
+    house.say("c", BACK, first=3)
+    house.work()
+    house.dispatch()
+    assert house.channel.told == [("c", "resolved")]
+
+
+def test_an_alert_that_somebody_resolves_is_over_and_stays_so_after_a_wipe(house: House) -> None:
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    append_action(house.log, "resolve", house.alerts()["c"].id, Acknowledgement(), by="ann")
+    house.pass_time(1.1)
+    house.dispatch()
+    assert house.channel.told[1:] == [("c", "resolved")] and house.alerts()["c"].resolution == "resolved"
+    house.wipe()
+    house.work()
+    house.pass_time(1.1)
+    house.dispatch()
+    assert len(house.channel.told) == 2 and not house.store.pending(9)
 
 
 def test_a_weak_identity_pages_nobody(house: House) -> None:
     house.say("c", LOW, attributes={"identity": "weak"})
     house.work()
-    house.dispatcher.run_once()
+    house.dispatch()
     assert house.store.findings(9) and house.channel.lines == [] and not house.store.pending(9)
 
 
@@ -237,65 +340,165 @@ def test_nobody_is_told_of_a_conversation_that_is_forgotten_also_after_a_wipe(ho
     house.wipe()
     house.worker = Worker(house.log, house.store, CONFIG, batch_size=4)
     house.worker.run_once()
-    house.dispatcher.run_once()
+    house.dispatch()
     house.work()
-    house.dispatcher.run_once()
-    house.dispatcher.run_once()
-    assert house.channel.kinds == [("stays", "dip")]
+    house.pass_time(6)
+    house.dispatch()
+    assert [conversation for conversation, _ in house.channel.told] == ["stays"]
     assert not house.store.findings(9, conversation_id="gone") and not house.store.pending(9)
+
+
+def test_the_alert_of_a_conversation_that_is_forgotten_is_over_and_its_record_goes(house: House) -> None:
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    forget(house.log, "c", by="ann")
+    house.pass_time(1.1)
+    house.dispatch()
+    assert house.channel.told[1:] == [("c", "resolved")] and house.alerts()["c"].resolution == "forgotten"
+    assert house.dispatcher.tidy() == 1 and house.alerts() == {}
+
+
+def test_an_episode_whose_conversation_falls_silent_has_ended_and_goes_on_with_it(house: House) -> None:
+    house.say("c", LOW, age=0)
+    house.say("talks", LOW, age=0)
+    house.work()
+    house.dispatch()
+    house.pass_time(1700)
+    house.say("talks", [-9.0], first=3, age=0)
+    house.work()
+    house.dispatch()
+    assert {word for _, word in house.channel.told} == {"critical"}
+    house.pass_time(110)
+    house.dispatch()
+    assert house.channel.told[2:] == [("c", "resolved")]
+    assert house.alerts()["c"].resolution == "ended" and house.alerts()["talks"].firing
+    house.pass_time(600)
+    house.say("c", [-9.0], first=3, age=0)
+    house.work()
+    house.dispatch()
+    assert house.channel.told[3:] == [("c", "critical")] and house.alerts()["c"].firing
+
+
+def test_nobody_counts_as_silent_while_the_worker_lags(house: House) -> None:
+    house.say("c", LOW, age=0)
+    house.work()
+    house.dispatch()
+    house.pass_time(3000)
+    house.say("c", [-9.0], first=3, age=2000)
+    house.dispatch()
+    assert house.alerts()["c"].firing
+    house.work()
+    house.pass_time(61)
+    house.dispatch()
+    assert house.alerts()["c"].resolution == "ended"
+
+
+@pytest.mark.parametrize("jump", [-7200.0, 7200.0])
+def test_a_clock_that_jumps_ends_nothing_pages_nobody_twice_and_swallows_no_page(house: House, jump: float) -> None:
+    house.say("c", LOW, age=0)
+    house.work()
+    house.dispatch()
+    began = house.clock.now
+    house.clock.now += jump
+    house.ticks.now += 1
+    house.dispatch()
+    assert house.alerts()["c"].firing and len(house.channel.told) == 1
+    house.say("d", LOW, age=house.clock.now - began)  # the collector's clock was not set
+    house.work()
+    house.dispatch()
+    assert [conversation for conversation, _ in house.channel.told] == ["c", "d"]
+
+
+# Shadow
+
+
+def test_a_new_installation_tells_nobody_until_it_is_enabled(house: House) -> None:
+    house.live = None
+    house.restart()
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    assert house.channel.taken == [] and house.alerts()["c"].told == {} and not house.store.pending(9)
+    append_action(house.log, "paging", "mode", Paging("live"), by="ann")
+    house.pass_time(1.1)
+    house.dispatch()
+    assert [conversation for conversation, _ in house.channel.told] == ["c"]
+    append_action(house.log, "paging", "mode", Paging("shadow"), by="ann")
+    house.pass_time(1.1)
+    house.dispatch()
+    house.say("d", LOW)
+    house.work()
+    house.dispatch()
+    assert len(house.channel.told) == 1
 
 
 # Failures
 
 
+class Crash(Exception):
+    """As a kill at this moment."""
+
+
+def crash(*arguments: object) -> Any:
+    raise Crash
+
+
 def test_a_crash_after_the_delivery_delivers_the_same_bytes_again(house: House) -> None:
     house.say("c", LOW)
     house.work()
-    settle = house.store.settle
-
-    class Crash(Exception):
-        pass
-
-    def crash(references: list[str]) -> None:
-        raise Crash
-
-    house.store.settle = crash  # type: ignore[method-assign]
     append = house.log.append
+    deliver = house.channel.deliver
 
-    def lost(*arguments: object) -> list[int]:
-        raise Crash
+    def last_words(notification: Notification) -> None:
+        deliver(notification)
+        house.log.append = crash  # type: ignore[method-assign]
 
-    house.log.append = lost  # type: ignore[method-assign]
+    house.channel.deliver = last_words  # type: ignore[method-assign]
     with pytest.raises(Crash):
-        house.dispatcher.run_once()
-    house.store.settle, house.log.append = settle, append  # type: ignore[method-assign]
+        house.dispatch()
+    house.log.append, house.channel.deliver = append, deliver  # type: ignore[method-assign]
     house.restart()
-    house.dispatcher.run_once()
+    house.dispatch()
     first, second = house.channel.lines
     assert first == second and not house.store.pending(9)
 
 
-def test_a_crash_between_note_and_settlement_delivers_nothing_again(house: House) -> None:
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_while_the_alert_is_written_down_loses_nothing(house: House, after: bool) -> None:
     house.say("c", LOW)
     house.work()
-    settle = house.store.settle
+    append = house.log.append
 
-    class Crash(Exception):
-        pass
-
-    def crash(references: list[str]) -> None:
+    def dies(*arguments: Any) -> Any:
+        if after:
+            append(*arguments)
         raise Crash
 
-    house.store.settle = crash  # type: ignore[method-assign]
+    house.log.append = dies  # type: ignore[method-assign]
     with pytest.raises(Crash):
-        house.dispatcher.run_once()
-    house.store.settle = settle  # type: ignore[method-assign]
+        house.dispatch()
+    assert house.channel.lines == [] and len(house.store.pending(9)) == 1
+    house.log.append = append  # type: ignore[method-assign]
     house.restart()
-    house.dispatcher.run_once()
+    house.dispatch()
     assert len(house.channel.lines) == 1 and not house.store.pending(9)
 
 
-def test_while_the_log_is_away_findings_are_told_once_and_noted_later(house: House) -> None:
+def test_a_crash_before_the_settlement_delivers_nothing_again(house: House) -> None:
+    house.say("c", LOW)
+    house.work()
+    settle = house.store.settle
+    house.store.settle = crash  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        house.dispatch()
+    house.store.settle = settle  # type: ignore[method-assign]
+    house.restart()
+    house.dispatch()
+    assert len(house.channel.lines) == 1 and not house.store.pending(9)
+
+
+def test_while_the_log_is_away_alerts_are_told_once_and_written_down_later(house: House) -> None:
     house.say("c", LOW)
     house.work()
     real = house.log
@@ -309,38 +512,90 @@ def test_while_the_log_is_away_findings_are_told_once_and_noted_later(house: Hou
 
     house.dispatcher._log = house.dispatcher._fold._log = Away()  # type: ignore[assignment]
     for _ in range(3):
-        assert house.dispatcher.run_once() == 0
+        house.dispatch()
+        house.pass_time(40)
     assert len(house.channel.lines) == 1 and len(house.store.pending(9)) == 1
     house.dispatcher._log = house.dispatcher._fold._log = real
-    house.dispatcher.run_once()
+    house.dispatch()
     assert len(house.channel.lines) == 1 and not house.store.pending(9)
-    assert [key for key in read_actions(real) if key.startswith("told/")]
+    assert house.alerts()["c"].told == {LOG: "critical"}
 
 
-def test_a_channel_that_is_away_loses_nothing_and_keeps_the_order(house: House) -> None:
-    house.channel.fails = lambda findings: ChannelUnavailable("away", cure="wait")
+def test_a_receiver_that_is_away_loses_nothing_and_keeps_the_order(house: House) -> None:
+    house.channel.fails = lambda notification: ChannelUnavailable("away", cure="wait")
     house.say("c", LOW)
-    house.say("c", BACK, first=3)
     house.work()
     for _ in range(3):
-        with pytest.raises(ChannelUnavailable):
-            house.dispatcher.run_once()
-    assert len(house.store.pending(9)) == 2
-    house.channel.fails = lambda findings: None
-    house.dispatcher.run_once()
-    assert house.channel.kinds == [("c", "dip"), ("c", "recovered")]
+        house.dispatch()
+        house.pass_time(40)
+    house.say("c", BACK, first=3)
+    house.work()
+    house.dispatch()
+    assert not house.store.pending(9)
+    house.channel.fails = lambda notification: None
+    house.pass_time(40)
+    house.dispatch()
+    assert house.channel.told == [("c", "critical"), ("c", "resolved")]
 
 
-def test_a_finding_that_is_refused_for_ever_holds_up_no_other(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    house.channel.fails = lambda findings: (
-        ChannelError("no", cure="x") if any(one.conversation_id == "bad" for one in findings) else None
+def test_a_receiver_that_asks_for_time_is_given_it(house: House) -> None:
+    house.channel.fails = lambda notification: ChannelUnavailable("busy", cure="wait", retry_after=100.0)
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    house.channel.fails = lambda notification: None
+    house.pass_time(99)
+    house.dispatch()
+    assert house.channel.taken == []
+    house.pass_time(2)
+    house.dispatch()
+    assert len(house.channel.taken) == 1
+
+
+def test_what_nobody_took_while_it_was_young_is_told_in_other_words_or_not_at_all(house: House) -> None:
+    house.channel.fails = lambda notification: ChannelUnavailable("away", cure="wait")
+    house.say("c", LOW)
+    house.say("d", LOW)
+    house.work()
+    house.dispatch()
+    for number in range(3):
+        house.pass_time(1300)
+        house.say("c", [-9.0], first=3 + number, age=0)
+        house.work()
+        house.dispatch()
+    house.channel.fails = lambda notification: None
+    house.pass_time(40)
+    house.dispatch()
+    assert house.channel.told == [("c", "critical")]
+    assert house.channel.taken[0].sequence == 1
+
+
+def test_an_alert_that_is_refused_for_ever_holds_up_no_other_and_is_tried_again(house: House) -> None:
+    house.config = AlertsConfig(
+        route=Route(path="0", receiver="log", group_by=(), group_wait=0.0, group_interval=1.0),
+        receivers=(Receiver(name="log", integrations=(LogConfig(receiver="log"),)),),
+    )
+    house.restart()
+    house.channel.fails = lambda one: (
+        ChannelError("no", cure="x") if any(alert.conversation_id == "bad" for alert in one.alerts) else None
     )
     for name in ("a", "bad", "b"):
         house.say(name, LOW)
     house.work()
-    house.dispatcher.run_once()
-    assert house.channel.kinds == [("a", "dip"), ("b", "dip")]
-    assert not house.store.pending(9)
+    for _ in range(20):
+        house.dispatch()
+        house.pass_time(30)
+    assert sorted(conversation for conversation, _ in house.channel.told) == ["a", "b"]
+    assert not house.store.pending(9) and house.alerts()["bad"].told == {}
+    house.channel.fails = lambda one: None
+    house.pass_time(HOUR - 1000)
+    for name in ("a", "bad", "b"):
+        house.say(name, [-9.0], first=3, age=0)
+    house.work()
+    for _ in range(20):
+        house.pass_time(100)
+        house.dispatch()
+    assert "bad" in {conversation for conversation, _ in house.channel.told}
 
 
 def test_only_who_has_the_lease_tells(house: House) -> None:
@@ -351,132 +606,141 @@ def test_only_who_has_the_lease_tells(house: House) -> None:
     house.store.release(LEASE, "another")
     assert house.dispatcher.run_once() == 0  # it asks once a second only
     house.ticks.now += 1.1
-    house.dispatcher.run_once()
+    house.dispatch()
     assert len(house.channel.lines) == 1
 
 
-def test_who_lost_the_lease_stops_telling(house: House) -> None:
-    house.dispatcher.run_once()
+def test_who_lost_the_lease_stops_telling_and_takes_over_what_the_other_did(house: House) -> None:
+    house.dispatch()
     house.store.release(LEASE, "one")
-    assert house.store.lease(LEASE, "another", 600.0)
-    house.ticks.now += 6
+    other = Dispatcher(
+        house.log,
+        house.store,
+        {LOG: house.channel},
+        house.config,
+        max_age=HOUR,
+        live=True,
+        holder="two",
+        clock=house.clock,
+        ticks=house.ticks,
+    )
     house.say("c", LOW)
     house.work()
-    assert house.dispatcher.run_once() == 0 and house.channel.lines == []
+    while other.run_once():
+        pass
+    house.pass_time(5.1)
+    assert house.dispatcher.run_once() == 0
+    house.store.release(LEASE, "two")
+    house.pass_time(1.1)
+    house.dispatch()
+    assert len(house.channel.lines) == 1
+    house.say("c", BACK, first=3)
+    house.work()
+    house.dispatch()
+    assert house.channel.told[1:] == [("c", "resolved")]
 
 
 def test_run_waits_while_the_store_is_away_and_goes_on(house: House) -> None:
     house.say("c", LOW)
     house.work()
-    stop, waits = threading.Event(), []
-    lease = house.store.lease
+    lease, tries = house.store.lease, 0
 
-    def away(*arguments: object) -> bool:
+    def away(*arguments: Any) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            house.store.lease = lease  # type: ignore[method-assign]
         raise StoreUnavailable("away", cure="wait")
 
-    class Stop(threading.Event):
-        """Records the waits instead of waiting, and brings the store back after six."""
-
-        def wait(self, timeout: float | None = None) -> bool:
-            waits.append(timeout)
-            if len(waits) == 6:
-                house.store.lease = lease  # type: ignore[method-assign]
-            if house.channel.lines:
-                self.set()
-            return self.is_set()
-
-    stop = Stop()
     house.store.lease = away  # type: ignore[method-assign]
-    house.dispatcher.run(stop, jitter=lambda: 1.0)
-    assert len(house.channel.lines) == 1
-    assert waits[:6] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
+    house.dispatcher._ticks = time.monotonic
+    stop = threading.Event()
+    thread = threading.Thread(target=house.dispatcher.run, args=(stop,))
+    thread.start()
+    try:
+        until(lambda: bool(house.channel.lines))
+    finally:
+        stop.set()
+        thread.join(20)
+    assert len(house.channel.lines) == 1 and tries == 3
     assert house.store.lease(LEASE, "another", 1.0)  # it was given back
 
 
-def test_old_notes_are_withdrawn(house: House) -> None:
+def test_what_is_known_is_told_while_the_store_is_away(house: House) -> None:
+    house.config = replace(house.config, route=replace(house.config.route, group_wait=10.0))
+    house.restart()
     house.say("c", LOW)
     house.work()
-    house.dispatcher.run_once()
-    assert house.dispatcher.tidy() == 0
-    house.clock.now += (NOTED_DAYS + 1) * 86400
-    house.say("d", LOW)
-    house.work()
-    house.dispatcher.run_once()
-    assert house.dispatcher.tidy() == 1
-    assert len([key for key in read_actions(house.log) if key.startswith("told/")]) == 1
+    house.dispatch()
+    assert house.channel.lines == []
+    house.clock.now += 11
+    house.ticks.now += 11
 
+    def away(*arguments: Any) -> bool:
+        raise StoreUnavailable("away", cure="wait")
 
-def test_a_note_holds_no_more_than_names(house: House) -> None:
-    house.say("c", LOW)
-    house.work()
-    house.dispatcher.run_once()
-    (record,) = house.log.read(ACTIONS, 0, 0, 9)
-    value = msgspec.json.decode(record.value)
-    assert value["by"] == "dispatch" and set(value["body"]) == {"episode_id", "channel"}
-    assert b"conversation" not in record.value
-
-
-# The file
-
-
-def finding() -> Finding:
-    from test_paging import finding
-
-    return finding("c", 1)
-
-
-def test_json_lines_are_whole_also_after_a_torn_one(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_bytes(b'{"torn')
-    channel = JsonLines(path)
-    channel.deliver([finding(), finding()])
-    channel.deliver([finding()])
-    torn, *lines = path.read_bytes().splitlines()
-    assert torn == b'{"torn' and lines == [encode(finding())] * 3
-
-
-def test_a_file_that_is_rotated_away_begins_anew(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    channel = JsonLines(path)
-    channel.deliver([finding()])
-    path.rename(tmp_path / "old.jsonl")
-    channel.deliver([finding()])
-    assert path.read_bytes() == (tmp_path / "old.jsonl").read_bytes() == encode(finding()) + b"\n"
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    channel = JsonLines(path)
-    channel.deliver([finding()])
-    whole = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, hard))
+    house.store.lease = away  # type: ignore[method-assign]
+    stop = threading.Event()
+    thread = threading.Thread(target=house.dispatcher.run, args=(stop,))
+    thread.start()
     try:
-        with pytest.raises(ChannelUnavailable) as caught:
-            channel.deliver([finding()] * 3)
-        assert caught.value.retry and caught.value.cure
-        assert path.read_bytes() == whole
+        until(lambda: bool(house.channel.lines))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
-    channel.deliver([finding()])
-    assert path.read_bytes() == whole * 2
+        stop.set()
+        thread.join(20)
 
 
-def test_a_folder_that_is_missing_is_told_with_its_cure(tmp_path: Path) -> None:
-    with pytest.raises(ChannelUnavailable, match="No such file"):
-        JsonLines(tmp_path / "no" / "out.jsonl").deliver([finding()])
+def test_a_slow_receiver_holds_up_neither_the_others_nor_the_intake(house: House) -> None:
+    house.config = AlertsConfig(
+        route=house.config.route,
+        receivers=(Receiver(name="log", integrations=(LogConfig(receiver="log"), LogConfig(receiver="log", index=1))),),
+    )
+    slow, hold = Kept("log/log[1]"), threading.Event()
+    slow.fails = lambda one: None if hold.wait(30) else ChannelUnavailable("slow", cure="wait")
+    house.channels = {LOG: house.channel, slow.name: slow}
+    house.restart()
+    house.dispatcher._ticks = time.monotonic
+    stop = threading.Event()
+    thread = threading.Thread(target=house.dispatcher.run, args=(stop,))
+    thread.start()
+    try:
+        for number in range(3):
+            house.say(f"c{number}", LOW)
+            house.work()
+            until(lambda number=number: len(house.channel.taken) == number + 1)  # type: ignore[misc]
+        assert slow.taken == []
+        hold.set()
+        until(lambda: len(slow.taken) == 3)
+    finally:
+        hold.set()
+        stop.set()
+        thread.join(20)
+    assert set(house.alerts()["c2"].told) == {LOG, slow.name}
 
 
-def test_standard_output_that_nobody_reads_ends_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        with pytest.raises(ConfigurationError, match="nobody reads"):
-            JsonLines().deliver([finding()])
+def test_old_alerts_are_withdrawn_and_their_notifications(house: House) -> None:
+    house.say("c", LOW, age=0)
+    house.say("c", BACK, first=3, age=0)
+    house.say("d", LOW, age=0)
+    house.work()
+    house.dispatch()
+    assert house.dispatcher.tidy() == 0
+    house.pass_time(8 * 86400)
+    house.dispatch()
+    assert set(house.alerts()) == {"d"} and house.alerts()["d"].resolution == "ended"
+    house.pass_time(8 * 86400)
+    house.dispatch()
+    assert not [key for key in read_actions(house.log) if key.startswith(("alert/", "notification/"))]
+
+
+def test_a_record_that_was_sent_holds_no_alert_any_more(house: House) -> None:
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    (value,) = [value for key, value in read_actions(house.log).items() if key.startswith("notification/")]
+    body = msgspec.json.decode(value)["body"]
+    assert body["sent"] and body["alerts"] == []
+    assert house.log.read(ACTIONS, 0, 0, 99)
 
 
 # Real processes
@@ -516,9 +780,7 @@ def test_killed_at_any_moment_everything_is_told_with_the_same_bytes_and_sigterm
     now = datetime.now(UTC)
 
     def young(event: Projection, number: int) -> Projection:
-        return msgspec.structs.replace(
-            event, time=(now + timedelta(milliseconds=number)).isoformat().replace("+00:00", "Z")
-        )
+        return replace(event, time=(now + timedelta(milliseconds=number)).isoformat().replace("+00:00", "Z"))
 
     conversations = 900
     worker = Worker(log, store, CONFIG)
@@ -541,8 +803,13 @@ def test_killed_at_any_moment_everything_is_told_with_the_same_bytes_and_sigterm
     finally:
         process.kill()
         process.wait()
-    told = Counter(msgspec.json.decode(line)["id"] for line in lines(out))
-    assert told.keys() == {one.id for one in store.findings(2 * conversations)} and len(told) == conversations
+    told: dict[str, set[str]] = {}
+    for line in lines(out):
+        one = msgspec.json.decode(line)
+        for alert in one["alerts"]:
+            told.setdefault(alert["labels"]["conversation_id"], set()).add(one["id"])
+    assert told.keys() == {one.conversation_id for one in store.findings(2 * conversations)}
+    assert len(told) == conversations and all(len(ids) == 1 for ids in told.values())  # never a second id
     assert len(set(lines(out))) == conversations  # a repeat is the same line
     assert store.lease(LEASE, "another", 1.0)  # given back
     log.close()
@@ -550,7 +817,5 @@ def test_killed_at_any_moment_everything_is_told_with_the_same_bytes_and_sigterm
 
 
 def leases(folder: Path) -> list[str]:
-    import sqlite3
-
     with sqlite3.connect(folder / "store.db") as connection:
         return [row[0] for row in connection.execute("SELECT holder FROM leases WHERE name = ?", (LEASE,))]

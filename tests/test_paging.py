@@ -1,4 +1,4 @@
-"""Promises of paging: the young page at once, the old only where they still matter, and nobody is told twice."""
+"""Promises of paging: the young page at once, the old only where they still matter, and none is part of two alerts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitor.actions import Silence
 from monitor.events import Finding
 from monitor.paging import Known, decide
 from monitor.store.store import Pending, Session
@@ -69,10 +68,8 @@ def known(**changes: Any) -> Known:
         **{
             "now": NOW,
             "max_age": HOUR,
-            "told": set(),
-            "told_episodes": set(),
-            "acknowledged": set(),
-            "silences": [],
+            "findings": lambda id: False,
+            "episodes": set(),
             "forgetting": set(),
             "behind": lambda conversation: False,
             "session": lambda conversation: None,
@@ -94,19 +91,19 @@ def closed(conversation: str) -> Session:
     return session(conversation, episode=None)
 
 
-def test_a_young_finding_is_told_at_once_also_while_catching_up() -> None:
-    assert reasons([finding("c", 1)], behind=lambda _: True) == ["tell: new"]
+def test_a_young_finding_is_taken_at_once_also_while_catching_up() -> None:
+    assert reasons([finding("c", 1)], behind=lambda _: True) == ["take: new"]
 
 
-@pytest.mark.parametrize(("age", "expected"), [(HOUR, "tell: new"), (HOUR + 1, "keep: over"), (-HOUR, "tell: new")])
+@pytest.mark.parametrize(("age", "expected"), [(HOUR, "take: new"), (HOUR + 1, "keep: over"), (-HOUR, "take: new")])
 def test_old_is_what_is_older_than_the_bound(age: float, expected: str) -> None:
     assert reasons([finding("c", 1, age=age)], session=closed) == [expected]
 
 
-def test_an_old_one_whose_episode_is_open_waits_for_the_end_of_the_backlog_and_is_then_told() -> None:
+def test_an_old_one_whose_episode_is_open_waits_for_the_end_of_the_backlog_and_is_then_taken() -> None:
     old = [finding("c", 1, age=2 * HOUR)]
     assert reasons(old, behind=lambda _: True, session=still_open) == ["wait: catching_up"]
-    assert reasons(old, behind=lambda _: False, session=still_open) == ["tell: still_open"]
+    assert reasons(old, behind=lambda _: False, session=still_open) == ["take: still_open"]
     assert reasons(old, behind=lambda _: True, session=closed) == ["keep: over"]
 
 
@@ -128,51 +125,43 @@ def test_an_old_shift_of_a_whole_deployment_is_only_kept() -> None:
 
     shift = finding("", 0, "fleet_shift", age=2 * HOUR)
     assert reasons([shift], session=never) == ["keep: over"]
-    assert reasons([finding("", 0, "fleet_shift")], session=never) == ["tell: new"]
+    assert reasons([finding("", 0, "fleet_shift")], session=never) == ["take: new"]
 
 
 @pytest.mark.parametrize("identity", ["weak", "unlinked"])
 def test_a_weak_identity_pages_nobody_neither_at_its_end(identity: str) -> None:
     both = [finding("c", 1, identity=identity), finding("c", 3, "recovered", identity=identity)]
     assert reasons(both) == ["keep: weak_identity"] * 2
-    assert reasons([finding("c", 3, "recovered")]) == ["keep: never_told"]
+    assert reasons([finding("c", 3, "recovered")]) == ["keep: never_alerted"]
 
 
 @pytest.mark.parametrize("identity", ["", "given", "derived"])
 def test_other_identities_do(identity: str) -> None:
-    assert reasons([finding("c", 1, identity=identity)]) == ["tell: new"]
+    assert reasons([finding("c", 1, identity=identity)]) == ["take: new"]
 
 
-def test_a_recovery_is_told_to_who_was_told_of_the_episode_however_old_it_is() -> None:
-    end = finding("c", 3, "recovered", age=5 * HOUR)
-    assert reasons([end]) == ["keep: never_told"]
-    assert reasons([end], told_episodes={"c-episode"}) == ["tell: recovered"]
-    assert reasons([finding("c", 1), end]) == ["tell: new", "tell: recovered"]
+def test_what_follows_in_an_episode_that_has_an_alert_is_part_of_it_however_old_it_is() -> None:
+    end, worse = finding("c", 3, "recovered", age=5 * HOUR), finding("c", 2, severity="critical", age=5 * HOUR)
+    assert reasons([end]) == ["keep: never_alerted"]
+    assert reasons([worse], session=closed) == ["keep: over"]
+    assert reasons([worse, end], episodes={"c-episode"}) == ["take: same_episode"] * 2
+    assert reasons([finding("c", 1), worse, end]) == ["take: new", "take: same_episode", "take: same_episode"]
 
 
-def test_a_recovery_of_an_episode_that_was_only_kept_is_not_told() -> None:
+def test_a_recovery_of_an_episode_that_was_only_kept_is_kept_too() -> None:
     pair = [finding("c", 1, age=2 * HOUR), finding("c", 3, "recovered", age=10)]
-    assert reasons(pair, session=closed) == ["keep: over", "keep: never_told"]
+    assert reasons(pair, session=closed) == ["keep: over", "keep: never_alerted"]
 
 
-def test_what_was_told_or_acknowledged_is_not_told_again_but_what_follows_is() -> None:
+def test_what_is_part_of_an_alert_already_is_not_taken_again_but_what_follows_is() -> None:
     pair = [finding("c", 1), finding("c", 2, severity="critical")]
-    assert reasons(pair, told={"c-1-dip"}) == ["keep: told", "tell: new"]
-    assert reasons(pair, acknowledged={"c-1-dip"}) == ["keep: acknowledged", "tell: new"]
+    known_one = {"findings": lambda id: id == "c-1-dip", "episodes": {"c-episode"}}
+    assert reasons(pair, **known_one) == ["keep: known", "take: same_episode"]
 
 
 def test_what_is_about_to_be_forgotten_waits_for_that() -> None:
     both = [finding("c", 1), finding("d", 1)]
-    assert reasons(both, forgetting={"c"}, told={"c-1-dip"}) == ["wait: forgetting", "tell: new"]
-
-
-def test_a_silence_holds_back_what_is_open_and_drops_what_is_over() -> None:
-    silences = [Silence(moment(NOW + 60), deployment="shop")]
-    assert reasons([finding("c", 1)], silences=silences, session=still_open) == ["wait: silenced"]
-    assert reasons([finding("c", 1)], silences=silences, session=closed) == ["keep: over"]
-    assert reasons([finding("c", 1, deployment="x")], silences=silences, session=closed) == ["tell: new"]
-    end = finding("c", 3, "recovered")
-    assert reasons([end], silences=silences, told_episodes={"c-episode"}) == ["tell: recovered"]
+    assert reasons(both, forgetting={"c"}, findings=lambda id: id == "c-1-dip") == ["wait: forgetting", "take: new"]
 
 
 @given(
@@ -189,7 +178,7 @@ def test_a_silence_holds_back_what_is_open_and_drops_what_is_over() -> None:
     behind=st.sets(st.sampled_from("abc")),
     told=st.sets(st.integers(0, 11)),
 )
-def test_nothing_is_told_twice_and_no_end_without_a_beginning(
+def test_nothing_is_taken_twice_and_no_end_without_a_beginning(
     findings: list[tuple[str, str, float, str]], open_ones: set[str], behind: set[str], told: set[int]
 ) -> None:
     made = [
@@ -200,8 +189,8 @@ def test_nothing_is_told_twice_and_no_end_without_a_beginning(
     episodes = {one.episode_id for one in made if one.id in told_ids}
     pending = [Pending(str(number), one, NOW) for number, one in enumerate(made)]
     state = known(
-        told=told_ids,
-        told_episodes=episodes,
+        findings=told_ids.__contains__,
+        episodes=episodes,
         behind=lambda conversation: conversation in behind,
         session=lambda conversation: session(
             conversation, episode=f"{conversation}-episode" if conversation in open_ones else None
@@ -212,7 +201,7 @@ def test_nothing_is_told_twice_and_no_end_without_a_beginning(
     begun = set(episodes)
     for decision in decisions:
         one = decision.pending.finding
-        if decision.act == "tell":
+        if decision.act == "take":
             assert one.id not in told_ids and one.identity != "weak"
             assert one.kind != "recovered" or one.episode_id in begun
             begun.add(one.episode_id)

@@ -1,0 +1,527 @@
+"""Which notifications are due: every alert in its groups, each group with what it was last told. In memory.
+
+Time is passed in, nothing is sent and nothing written here. A group belongs to one integration: what is late at one
+receiver is late there only. Between two looks nothing is computed for a group whose turn has not come, so that 100,000
+open episodes cost what changes among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from alerts.allowance import COUNTED, Allowance
+from alerts.config import AlertmanagerConfig, AlertsConfig, AnyIntegration, LogConfig, PagerDutyConfig, Receiver, Route
+from alerts.stages import Inhibition, Limits, Update, compose, needs_update, places, quiet, seconds, silenced
+from monitor.actions import Silence
+from monitor.alert import Alert, Notification, State, state
+
+__all__ = ["Groups"]
+
+MOST_AT_ONCE = 200  # notifications that one look gives
+MINUTE = 60.0
+FIRST_REFUSED_SECONDS = 10.0
+LONGEST_REFUSED_SECONDS = 3600.0
+DIGEST = "digest"
+
+
+class _Group(Struct):
+    """One group at one integration. `told` is what this group has told of each alert, and `firing` how many of those
+    are not known to be over there. `left` are those that belong to another group by now, and end here, too."""
+
+    integration: AnyIntegration
+    receiver: Receiver
+    route: Route
+    key: str
+    labels: dict[str, str]
+    members: set[str]
+    left: set[str]
+    told: dict[str, State]
+    firing: int = 0
+    last: Notification | None = None
+    last_at: float = -math.inf
+    flying: str = ""
+    more: bool = False
+    seen: bool = False
+    due: float = math.inf
+    causes: dict[str, int] = {}
+    capped: set[str] | None = None
+    refused: int = 0
+    most: int = 0
+    again: float = -math.inf
+
+
+class Groups:
+    """All groups of all integrations.
+
+    Args:
+        config: rules and routes.
+        alerts: every alert by id, as it is now; only read.
+        held_back: integration, cause, how many alerts: told when a cause begins.
+
+    Attributes:
+        gone: integration and group, of those that are no more → when something last went out for it.
+        live: whether notifications are made.
+    """
+
+    def __init__(
+        self,
+        config: AlertsConfig,
+        alerts: Mapping[str, Alert],
+        held_back: Callable[[str, str, int], None] | None = None,
+    ) -> None:
+        self._alerts = alerts
+        self._held_back = held_back
+        self._groups: dict[tuple[str, str], _Group] = {}
+        self._of_alert: dict[str, list[tuple[str, str]]] = {}
+        self._remembered: dict[tuple[str, str], Notification] = {}
+        self._heap: list[tuple[float, int, tuple[str, str]]] = []
+        self._ticket = count()
+        self._held: set[tuple[str, str]] = set()
+        self._aside: dict[tuple[str, str], float] = {}
+        self._silences: tuple[tuple[Silence, float], ...] = ()
+        self._next_look = -math.inf
+        self._allowance = Allowance()
+        self._digests: dict[str, Notification] = {}
+        self._digested: set[tuple[str, str]] = set()
+        self.gone: dict[tuple[str, str], float] = {}
+        self.live = False
+        self.configure(config)
+
+    # Rules.
+
+    def configure(self, config: AlertsConfig) -> None:
+        """Other rules from now on; what has been told stays told."""
+        self._config = config
+        self._receivers = {receiver.name: receiver for receiver in config.receivers}
+        self._inhibition = Inhibition(config.inhibit_rules)
+        for group in self._groups.values():
+            if group.last is not None:
+                self._remembered[group.integration.name, group.key] = group.last
+        flying = {group.flying for group in self._groups.values()} - {""}
+        self._groups.clear()
+        self._of_alert.clear()
+        self._held.clear()
+        self._heap.clear()
+        for alert in self._alerts.values():
+            self._inhibition.put(alert)
+        for alert in self._alerts.values():
+            self.put(alert)
+        for group in self._groups.values():
+            if group.last is not None and group.last.id in flying:
+                group.flying = group.last.id
+
+    def silence(self, silences: Iterable[Silence]) -> None:
+        """These are in force until each ends."""
+        self._silences = tuple((one, seconds(one.until)) for one in silences)
+        self._look_again()
+
+    def mode(self, live: bool) -> None:
+        """Whether notifications are made, or only said to be held back."""
+        if live != self.live:
+            self.live = live
+            self._look_again()
+
+    def clock_jumped(self) -> None:
+        """Look at every group again, since what was due at a moment may be due at another."""
+        for place in self._groups:
+            self._wake(place, -math.inf)
+
+    # Alerts.
+
+    def remember(self, notification: Notification) -> None:
+        """Take over what is written down, before the alerts are put in."""
+        self._allowance.load(notification)
+        if notification.reason != DIGEST:
+            self._remembered[notification.integration, notification.group] = notification
+            return
+        self._digests[notification.group] = notification
+        if not notification.sent:  # it goes out once more: what it tells of must not go out beside it
+            self._digested |= {(notification.integration, id) for id in notification.covered}
+
+    def put(self, alert: Alert) -> None:
+        """An alert is new, or has changed."""
+        if self._inhibition.put(alert):
+            self._look_again()
+        before = self._of_alert.get(alert.id, [])
+        now: list[tuple[str, str]] = []
+        for place in places(self._config.route, alert):
+            receiver = self._receivers[place.route.receiver]
+            for integration in receiver.integrations:
+                key = integration.name, place.group
+                now.append(key)
+                group = self._groups.get(key)
+                if group is None:
+                    group = self._groups[key] = _Group(
+                        integration, receiver, place.route, place.group, dict(place.labels), set(), set(), {}
+                    )
+                    self._recall(key, group)
+                if alert.id not in group.members:
+                    group.members.add(alert.id)
+                    group.left.discard(alert.id)
+                    word = alert.told.get(integration.name)
+                    if word is None and (integration.name, alert.id) in self._digested:
+                        word = state(alert)
+                    if word is not None and alert.id not in group.told:
+                        _tell(group, alert.id, word)
+                if group.capped is not None and alert.firing:
+                    group.capped.add(alert.id)
+                self._wake(key, self._ready(group, alert.changed))
+        for key in before:
+            if key not in now:
+                self._leave(key, alert)
+        self._of_alert[alert.id] = [*now, *(key for key in before if key not in now and key in self._groups)]
+
+    def _recall(self, key: tuple[str, str], group: _Group) -> None:
+        last = self._remembered.pop(key, None)
+        if last is None:
+            return
+        group.last, group.last_at = last, seconds(last.time)
+        if not last.sent:
+            group.flying = last.id
+        for id, word in last.covered.items():
+            alert = self._alerts.get(id)
+            if alert is not None and word != "resolved" and last.sent:
+                _tell(group, id, word)
+                group.left.add(id)
+                self._of_alert.setdefault(id, []).append(key)
+
+    def _leave(self, key: tuple[str, str], alert: Alert) -> None:
+        group = self._groups[key]
+        group.members.discard(alert.id)
+        if group.told.get(alert.id) in (None, "resolved"):
+            group.left.discard(alert.id)
+            _tell(group, alert.id, None)
+            if not group.members and not group.left and not group.flying:
+                self._remove(key, group)
+        else:
+            group.left.add(alert.id)
+            if not alert.firing:
+                self._wake(key, self._ready(group, alert.changed))
+
+    def drop(self, alert: Alert) -> None:
+        """Forget one."""
+        self._inhibition.drop(alert)
+        for key in self._of_alert.pop(alert.id, []):
+            group = self._groups.get(key)
+            if group is None:
+                continue
+            group.members.discard(alert.id)
+            group.left.discard(alert.id)
+            _tell(group, alert.id, None)
+            if not group.members and not group.left and not group.flying:
+                self._remove(key, group)
+
+    def owes(self, alert: Alert) -> bool:
+        """Whether somebody who has been told of it is still to be told of its end."""
+        groups = [self._groups[key] for key in self._of_alert.get(alert.id, []) if key in self._groups]
+        return any(
+            group.integration.send_resolved and group.told.get(alert.id) not in (None, "resolved") for group in groups
+        )
+
+    def long_gone(self, before: float) -> list[tuple[str, str]]:
+        """Integration and group of those that are no more, and for which nothing went out since; named once."""
+        for key, last in self._remembered.items():
+            if last.sent:
+                self.gone.setdefault(key, seconds(last.time))
+        found = [key for key, at in self.gone.items() if at < before]
+        for key in found:
+            del self.gone[key]
+            self._remembered.pop(key, None)
+        return [key for key in found if key not in self._groups]
+
+    def acknowledge(self, alert: Alert) -> list[str]:
+        """Somebody has seen it, so it counts as told as it is; says to which integrations it newly does."""
+        newly = []
+        for key in self._of_alert.get(alert.id, []):
+            group = self._groups.get(key)
+            if group is None or not alert.firing:
+                continue
+            if group.told.get(alert.id) in (None, "resolved"):
+                _tell(group, alert.id, state(alert))
+                newly.append(key[0])
+            elif isinstance(group.integration, PagerDutyConfig):
+                group.seen = True
+                self._wake(key, -math.inf)
+        return newly
+
+    # What is due?
+
+    def due(self, now: float) -> list[Notification]:
+        """What is to go out now; each counts as under way until `sent`, `refused` or `dropped` says otherwise."""
+        if now >= self._next_look:
+            self._look_at_held(now)
+        made: list[Notification] = []
+        while self._heap and self._heap[0][0] <= now and len(made) < MOST_AT_ONCE:
+            at, _, key = heapq.heappop(self._heap)
+            group = self._groups.get(key)
+            if group is not None and group.due == at:
+                group.due = math.inf
+                if (notification := self._evaluate(key, group, now)) is not None:
+                    made.append(notification)
+        return made
+
+    def next_due(self) -> float:
+        """When it is worth while to ask again, if nothing changes."""
+        return min(self._heap[0][0] if self._heap else math.inf, self._next_look if self._held else math.inf)
+
+    def _look_again(self) -> None:
+        self._next_look = -math.inf
+
+    def _look_at_held(self, now: float) -> None:
+        """Silences end, quiet hours begin and end, what inhibited is over: see whether it is their turn."""
+        for key in self._held:
+            self._wake(key, -math.inf)
+        self._held.clear()
+        ends = [until for _, until in self._silences if until > now]
+        self._next_look = min([now + MINUTE - now % MINUTE, *ends])
+
+    def _ready(self, group: _Group, changed: float) -> float:
+        """When a change may be told of: after `group_wait`, or `group_interval` after the last notification."""
+        if group.more or isinstance(group.integration, AlertmanagerConfig):
+            return group.again
+        if group.firing:
+            return max(group.last_at + group.route.group_interval, group.again)
+        return max(changed + group.route.group_wait, group.again)
+
+    def _wake(self, key: tuple[str, str], at: float) -> None:
+        group = self._groups[key]
+        if not group.flying and at < group.due:
+            group.due = at
+            heapq.heappush(self._heap, (at, next(self._ticket), key))
+
+    def _evaluate(self, key: tuple[str, str], group: _Group, now: float) -> Notification | None:
+        if group.flying:
+            return None
+        repeat_at = self._repeat_at(group)
+        causes: dict[str, int] = {}
+        alerts = self._told_of(group, now, causes)
+        update = needs_update(
+            alerts,
+            group.told,
+            repeat=repeat_at <= now,
+            seen=group.seen,
+            send_resolved=group.integration.send_resolved,
+        )
+        if update is None or update.reason in COUNTED:
+            deployments = {alert.deployment for alert in (*update.news, *update.others)} if update else set()
+            capped = bool(self._allowance.exhausted(group.receiver, group.integration.name, deployments, now))
+        else:
+            capped = False
+        if update is None:
+            group.more = False
+            if group.capped and self.live and not capped:
+                return self._digest(group.integration, now)
+            self._hold(key, group, causes)
+            self._wake(key, repeat_at if repeat_at > now else now + group.route.repeat_interval)
+            return None
+        if update.reason != "repeat":
+            ready = self._ready(group, min(alert.changed for alert in update.news))
+            longest = max(group.route.group_wait, group.route.group_interval, LONGEST_REFUSED_SECONDS)
+            if now < ready <= now + longest:  # later than that it could never be: the clock was set back
+                self._wake(key, ready)
+                return None
+        many = len(update.news or update.others)
+        if not self.live:
+            causes["shadow"] = many
+        elif quiet(group.route, self._config.time_intervals, now):
+            causes["quiet_hours"] = many
+        elif capped:
+            causes["cap"] = many
+            group.capped = (group.capped or set()) | {alert.id for alert in update.news}
+        elif group.capped is not None and update.reason in COUNTED:
+            return self._digest(group.integration, now)
+        else:
+            return self._fly(group, update, now)
+        self._hold(key, group, causes)
+        return None
+
+    def _repeat_at(self, group: _Group) -> float:
+        if not group.firing or isinstance(group.integration, AlertmanagerConfig):
+            return math.inf
+        return group.last_at + max(group.route.repeat_interval, group.route.group_interval)
+
+    def _told_of(self, group: _Group, now: float, causes: dict[str, int]) -> list[Alert]:
+        """Whom the group may tell of now. The end of what was told is told whatever mutes it; what has left, ends here
+        only."""
+        found = [
+            alert
+            for id in group.left
+            if (alert := self._alerts[id]).ends_at is not None and group.told.get(id) != "resolved"
+        ]
+        silences = [silence for silence, until in self._silences if until > now]
+        for id in group.members:
+            alert = self._alerts[id]
+            cause = ""
+            if alert.firing:
+                if self._aside.get((group.integration.name, id), -math.inf) > now:
+                    cause = "refused"
+                elif self._inhibition.inhibits(alert):
+                    cause = "inhibited"
+                elif silenced(alert, silences):
+                    cause = "silenced"
+            if cause:
+                causes[cause] = causes.get(cause, 0) + 1
+            else:
+                found.append(alert)
+        return found
+
+    def _hold(self, key: tuple[str, str], group: _Group, causes: dict[str, int]) -> None:
+        for cause, many in causes.items():
+            if self._held_back is not None and many > group.causes.get(cause, 0):
+                self._held_back(group.integration.name, cause, many - group.causes.get(cause, 0))
+        group.causes = causes
+        if causes:
+            self._held.add(key)
+
+    def _fly(self, group: _Group, update: Update, now: float) -> Notification:
+        name = group.integration.name
+        note = ""
+        if update.reason in COUNTED:
+            deployments = {alert.deployment for alert in (*update.news, *update.others)}
+            self._allowance.spend(group.receiver, name, deployments, now)
+            if cap := self._allowance.exhausted(group.receiver, name, deployments, now):
+                note = f"The cap of {cap} is reached: what comes next is held back until midnight UTC."
+        limits = _limits(group.integration)
+        if group.most:  # somewhere among them is what the receiver will not take
+            limits = limits._replace(shown=min(limits.shown, group.most), whole=True, context=False)
+        notification = compose(
+            update,
+            limits,
+            integration=name,
+            group=group.key,
+            group_labels=group.labels,
+            sequence=group.last.sequence + 1 if group.last else 0,
+            now=now,
+            note=note,
+            spent=self._allowance.spent(name, now),
+        )
+        group.flying, group.more = notification.id, len(notification.covered) < len(update.news)
+        group.causes, group.seen = {}, False
+        group.last, group.last_at = notification, now
+        return notification
+
+    def _digest(self, integration: AnyIntegration, now: float) -> Notification | None:
+        """One message for all that a cap has held back at an integration."""
+        groups = [
+            group
+            for group in self._groups.values()
+            if group.capped is not None and group.integration.name == integration.name and not group.flying
+        ]
+        firing: list[Alert] = []
+        over: list[Alert] = []
+        for group in groups:
+            update = needs_update(self._told_of(group, now, {}), group.told)
+            firing += [alert for alert in (update.news if update else ()) if alert.firing]
+            held = [self._alerts[id] for id in sorted(group.capped or ()) if id in self._alerts]
+            over += [alert for alert in held if not alert.firing and alert.id not in group.told]
+        news = {alert.id: alert for alert in (*firing, *over)}
+        if not news:
+            for group in groups:
+                group.capped = None
+            return None
+        key = hashlib.sha256(f"{DIGEST}\x1f{integration.name}".encode()).hexdigest()[:32]
+        before = self._digests.get(key)
+        ended = f", of which {len(over)} {'is' if len(over) == 1 else 'are'} over by now" if over else ""
+        notification = compose(
+            Update("digest", tuple(sorted(news.values(), key=lambda alert: (not alert.firing, -alert.risk, alert.id)))),
+            _limits(integration),
+            integration=integration.name,
+            group=key,
+            group_labels={},
+            sequence=before.sequence + 1 if before else 0,
+            now=now,
+            note=f"What the day's cap has held back: {len(news)} alert{'' if len(news) == 1 else 's'}{ended}.",
+            spent=self._allowance.spent(integration.name, now),
+        )
+        self._digests[key] = notification
+        for group in groups:
+            group.flying = notification.id
+        return notification
+
+    # What became of it?
+
+    def sent(self, notification: Notification) -> Notification:
+        """The integration has taken it; gives what is to be written down in its place."""
+        record = replace(notification, alerts=(), note="", sent=True)
+        for key, group in self._concerned(notification):
+            for id, word in notification.covered.items():
+                if id in group.members or id in group.left:
+                    _tell(group, id, word)
+                    if word == "resolved" and id in group.left:
+                        group.left.discard(id)
+                        _tell(group, id, None)
+                if group.capped is not None:
+                    group.capped.discard(id)
+            if not group.capped:
+                group.capped = None
+            if group.key == notification.group:
+                group.last, group.last_at = record, seconds(notification.time)
+            group.refused, group.most, group.again = 0, 0, -math.inf
+            self._landed(key, group)
+        if notification.group in self._digests:
+            self._digests[notification.group] = record
+        return record
+
+    def refused(self, notification: Notification, now: float) -> None:
+        """The integration will never take it. Nobody has been told, so it is tried in other words: later, with half as
+        many alerts, until it is one alone; that one is then left aside for an hour."""
+        for key, group in self._concerned(notification):
+            if len(notification.covered) == 1 and len(notification.alerts) == 1:
+                (id,) = notification.covered
+                self._aside[notification.integration, id] = now + LONGEST_REFUSED_SECONDS
+            group.refused += 1
+            group.most = max(1, len(notification.alerts) // 2)
+            wait = min(LONGEST_REFUSED_SECONDS, FIRST_REFUSED_SECONDS * 2.0 ** (group.refused - 1))
+            group.again, group.more = now + wait, True
+            self._landed(key, group)
+            self._wake(key, group.again)
+
+    def dropped(self, notification: Notification) -> None:
+        """It is too old to be sent; what is still true is told anew."""
+        for key, group in self._concerned(notification):
+            self._landed(key, group)
+
+    def _landed(self, key: tuple[str, str], group: _Group) -> None:
+        group.flying = ""
+        if not group.members and not group.left:
+            self._remove(key, group)
+        else:
+            self._wake(key, -math.inf)
+
+    def _concerned(self, notification: Notification) -> list[tuple[tuple[str, str], _Group]]:
+        key = notification.integration, notification.group
+        if notification.group not in self._digests:
+            group = self._groups.get(key)
+            return [(key, group)] if group is not None and group.flying == notification.id else []
+        return [(place, group) for place, group in self._groups.items() if group.flying == notification.id]
+
+    def _remove(self, key: tuple[str, str], group: _Group) -> None:
+        del self._groups[key]
+        self._held.discard(key)
+        if group.last is not None:
+            self.gone[key] = group.last_at
+
+
+def _tell(group: _Group, id: str, word: State | None) -> None:
+    """Note what a group has told of an alert; None: nothing."""
+    before = group.told.pop(id, "resolved")
+    if word is not None:
+        group.told[id] = word
+    group.firing += ((word or "resolved") != "resolved") - (before != "resolved")
+
+
+def _limits(integration: AnyIntegration) -> Limits:
+    match integration:
+        case AlertmanagerConfig():
+            return Limits(1000, whole=True, context=False)
+        case LogConfig():
+            return Limits(1000, whole=True)
+        case _:
+            return Limits(getattr(integration, "max_alerts", 100))
