@@ -104,7 +104,7 @@ class AlertsConfig(Struct, frozen=True, kw_only=True):
     Attributes:
         external_url: where people reach the page, without a trailing slash; empty: messages carry no link to a session.
         conversation_url: template of the operator's own log viewer, with `{conversation_id}` in it; or empty.
-        runbook_url: template with `{kind}`.
+        runbook_url: template with `{kind}`; or empty.
         idle_after: an episode whose conversation has been silent for so long is over: `ended`.
         fleet_after: a fleet shift's alert is over after so long.
     """
@@ -115,7 +115,7 @@ class AlertsConfig(Struct, frozen=True, kw_only=True):
     time_intervals: tuple[TimeInterval, ...] = ()
     external_url: str = ""
     conversation_url: str = ""
-    runbook_url: str = "https://anchorwatch.invalid/runbooks/{kind}"
+    runbook_url: str = ""
     idle_after: float = 1800.0
     fleet_after: float = 86_400.0
 
@@ -164,14 +164,14 @@ def load_with_advice(path: Path) -> tuple[AlertsConfig, list[Problem]]:
         for unused in sorted(names - _used(route)):
             top.advise("receivers", f"no route leads to {unused!r}")
     rules = tuple(_inhibit_rule(section) for section in top.sections("inhibit_rules"))
-    runbooks = top.template("runbook_url", "kind", "https://anchorwatch.invalid/runbooks/{kind}")
+    runbooks = top.template("runbook_url", "kind", "")
     external = top.url("external_url", "").rstrip("/")
     if "?" in external:
         top.wrong("external_url", "must be the page's address, without a query")
     if not external:
         top.advise("external_url", "is not given: messages carry no link to the session")
     if "runbook_url" not in top:
-        top.advise("runbook_url", "is not given: the links to runbooks lead nowhere")
+        top.advise("runbook_url", "is not given: messages carry no link to a runbook")
     config = AlertsConfig(
         route=route,
         receivers=tuple(receivers),
@@ -204,6 +204,8 @@ def _route(
     if "..." in group_by and len(group_by) > 1:
         section.wrong("group_by", "'...' means every label, and stands alone")
     _known_labels(section, "group_by", tuple(name for name in group_by if name != "..."))
+    if "severity" in group_by and "group_by" in section:
+        section.advise("group_by", "severity changes while an alert fires: it leaves its group when it grows worse")
     mute: list[str] = []
     for name in section.texts("mute_time_intervals"):
         if name not in intervals:
