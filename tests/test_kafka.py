@@ -35,6 +35,7 @@ from monitor.placement import partition_of
 from monitor.settings import load_settings
 from monitor.stream import open_log, open_subscription
 from monitor.stream.kafka import KafkaLog, KafkaSubscription, KafkaTopics, client
+from monitor.stream.kafka.subscription import _Membership
 from monitor.stream.log import ACTIONS, DEAD_LETTERS, PROJECTIONS, Message, Record
 from monitor.stream.options import Compression, KafkaOptions
 from monitor.stream.tokens import ClientCredentials, TokenFile
@@ -267,6 +268,47 @@ def test_workers_that_are_busy_between_polls_join_once(kafka: Server | Outside) 
     finally:
         for worker in workers:
             worker.end()
+
+
+def test_partitions_that_come_back_at_any_moment_are_read_on(kafka: Server | Outside) -> None:
+    """The library says so from its own thread: between any two lines of ours, also in the middle of a seek."""
+    topic, group = make_topic(kafka.address, partitions=4), fresh("group")
+    log, subscription = KafkaLog(kafka.address), KafkaSubscription(kafka.address, topic, group)
+    places = [TopicPartition(topic, partition) for partition in range(4)]
+    read: dict[int, dict[bytes, None]] = {partition: {} for partition in range(4)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def poll() -> None:
+        for batch in subscription.poll(100, 0.0):
+            # What was read before its place was set again may come twice: a worker sees that, and takes it once.
+            read[batch.partition] |= dict.fromkeys(record.value for record in batch.records)
+
+    def come_back(member: _Membership, begun: threading.Event) -> None:
+        begun.set()
+        for _ in range(50):
+            member.arrivals.on_partitions_assigned(set(places))
+
+    try:
+        eventually(lambda: poll() or len(subscription.assigned()) == 4)
+        for partition in range(4):
+            subscription.seek(partition, 0)
+        assert subscription._membership is not None
+        for number in range(40):
+            begun = threading.Event()
+            coming = threading.Thread(target=come_back, args=(subscription._membership, begun))
+            coming.start()
+            begun.wait()
+            while coming.is_alive():
+                subscription._count_in(subscription._membership)
+            log.append(topic, [Message("", b"%d" % number, partition=partition) for partition in range(4)])
+            eventually(lambda number=number: poll() or all(b"%d" % number in values for values in read.values()))
+        assert read == {p: dict.fromkeys(b"%d" % number for number in range(40)) for p in range(4)}
+        assert all(list(values) == sorted(values, key=int) for values in read.values())
+    finally:
+        sys.setswitchinterval(interval)
+        subscription.close()
+        log.close()
 
 
 MEMBER = """

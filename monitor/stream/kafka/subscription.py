@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,30 +34,43 @@ LEAVE_SECONDS = 1.0
 JOIN_SECONDS = 3.0
 JOIN_STEP_SECONDS = 0.25
 
+# What the library says of a partition that went away since the last poll; the next one tells.
+_GONE = (ValueError, KeyError, kafka_errors.IllegalStateError)
+
 _Given = dict[TopicPartition, list[Any]]
 
 _log = structlog.get_logger("anchorwatch.kafka")
 
 
 class _Arrivals(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Puts partitions that come to rest before anything of them is fetched. Called within `poll`.
+    """Puts partitions that come to rest before anything of them is fetched, and remembers which came.
 
     A partition without a position would make the library look for one of its own, so it gets one that is never used.
+    The library calls this from its own thread, at any moment: whoever places a partition holds `lock`, so that it is
+    done before they come, and done again since they came, or done after.
     """
 
     def __init__(self, consumer: KafkaConsumer) -> None:
+        self.lock = threading.Lock()
         self._consumer = consumer
-        self.partitions: set[int] = set()
+        self._came: set[int] = set()
 
     def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Nothing: `poll` sees who owns what."""
 
     def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """They came, or came back."""
-        for here in assigned:
-            self._consumer.pause(here)
-            self._consumer.seek(here, 0)
-            self.partitions.add(here.partition)
+        with self.lock:
+            for here in assigned:
+                self._consumer.pause(here)
+                self._consumer.seek(here, 0)
+                self._came.add(here.partition)
+
+    def take(self) -> set[int]:
+        """Those that came since it was last asked."""
+        with self.lock:
+            came, self._came = self._came, set()
+        return came
 
 
 class _Membership(NamedTuple):
@@ -108,10 +122,11 @@ class KafkaSubscription:
             return
         self._positions[partition] = offset
         self._short_since.pop(partition, None)
-        if self._membership is not None:
+        if (member := self._membership) is not None:
             here = self._here(partition)
-            self._membership.consumer.seek(here, offset)
-            self._membership.consumer.resume(here)
+            with member.arrivals.lock, contextlib.suppress(*_GONE):
+                member.consumer.seek(here, offset)
+                member.consumer.resume(here)
 
     def rest(self, partition: int) -> None:
         """See `Subscription.rest`. For a partition that is not ours nothing happens."""
@@ -119,8 +134,9 @@ class KafkaSubscription:
             return
         self._positions[partition] = None
         self._short_since.pop(partition, None)
-        if self._membership is not None:
-            self._membership.consumer.pause(self._here(partition))
+        if (member := self._membership) is not None:
+            with member.arrivals.lock, contextlib.suppress(*_GONE):
+                member.consumer.pause(self._here(partition))
 
     def poll(self, limit: int, timeout: float) -> list[Batch]:
         """See `Subscription.poll`."""
@@ -201,8 +217,9 @@ class KafkaSubscription:
 
     def _count_in(self, member: _Membership) -> None:
         """See which partitions are ours now."""
+        came = member.arrivals.take()  # first: of one that comes from here on, the next poll learns
         ours = {here.partition for here in member.consumer.assignment()}
-        came, member.arrivals.partitions = member.arrivals.partitions & ours, set()
+        came &= ours
         if not came and ours == self._positions.keys():
             return
         before = self._positions
@@ -225,7 +242,7 @@ class KafkaSubscription:
         for here, rows in given.items():
             if self._positions.get(here.partition) is not None:
                 self._positions[here.partition] = position = rows[-1].offset + 1
-                end = max(position, member.consumer.highwater(here) or 0)
+                end = max(position, _highwater(member, here) or 0)
                 batches.append(Batch(here.partition, records(self._topic, here.partition, rows), end))
         return batches
 
@@ -248,7 +265,7 @@ class KafkaSubscription:
         elif now - self._missing_since > SHORT_SECONDS:
             raise no_topic(self._topic)
         for partition, position in self._positions.items():
-            end = member.consumer.highwater(self._here(partition)) if position is not None else None
+            end = _highwater(member, self._here(partition)) if position is not None else None
             if position is None or end is None or end >= position:
                 self._short_since.pop(partition, None)
             elif now - self._short_since.setdefault(partition, now) > SHORT_SECONDS:
@@ -265,7 +282,7 @@ class KafkaSubscription:
         here, wait = self._here(partition), milliseconds(self._options.answer_seconds)
         begin = member.consumer.beginning_offsets([here], timeout_ms=wait)[here]
         end = member.consumer.end_offsets([here], timeout_ms=wait)[here]
-        end = max(end, member.consumer.highwater(here) or 0)
+        end = max(end, _highwater(member, here) or 0)
         if not begin <= position <= end:
             raise outside(self._topic, partition, position, Span(begin, end, ""))
 
@@ -282,3 +299,11 @@ class KafkaSubscription:
             self._told = now
             if connected(member.network) and (done := self._done()):
                 member.consumer.commit_async(done, callback=lambda offsets, result: None)  # noqa: ARG005
+
+
+def _highwater(member: _Membership, here: TopicPartition) -> int | None:
+    """The end of a partition as the last answer had it, where one came and the partition is still ours."""
+    with contextlib.suppress(*_GONE):
+        end: int | None = member.consumer.highwater(here)
+        return end
+    return None
