@@ -72,7 +72,6 @@ class Client:
         self._deadline = Deadline()
         self._pool = httpcore.ConnectionPool(
             ssl_context=httpx.create_ssl_context(),
-            max_keepalive_connections=0,  # what is left over of one answer is never read as the next one
             network_backend=Pinned(self._deadline, resolve or addresses, allow_private),
         )
 
@@ -117,7 +116,7 @@ class Client:
             "Host": target.authority,
             "User-Agent": "anchorwatch",
             "Accept-Encoding": "identity",
-            "Connection": "close",
+            "Connection": "close",  # what is left over of one answer is never read as the next one
             **headers,
         }
         url = httpcore.URL(

@@ -331,7 +331,7 @@ def deaf(connection: socket.socket) -> None:
 
 def slow_ear(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    while connection.recv(1):
+    while connection.recv(8192):
         time.sleep(0.05)
 
 
@@ -340,7 +340,7 @@ NEVER_ANSWER: dict[str, Talk] = {
     "hangs up": lambda connection: None,
     "says nothing": silent,
     "does not read": deaf,
-    "reads a byte now and then": slow_ear,
+    "reads a little now and then": slow_ear,
     "speaks another protocol": say(b"220 mail.example ESMTP\r\n"),
     "speaks no protocol": say(then=lambda: b"\x00\xff" * 5000),
     "a header a byte at a time": say(HEAD, then=lambda: b"x", every=0.05),
@@ -373,6 +373,19 @@ def test_a_yes_is_a_yes_whatever_follows_it(hasty: Client, server: Callable[[Tal
     talk, least = SAY_YES[what]
     reply = hasty.post(server(talk), b"alert", {})
     assert reply.status == 200 and least <= len(reply.body) <= 1000
+
+
+@pytest.mark.timeout(60)
+def test_no_more_is_taken_than_is_looked_at(client: Client, server: Callable[[Talk], str]) -> None:
+    sent = 0
+
+    def more() -> bytes:
+        nonlocal sent
+        sent += 10_000
+        return b"y" * 10_000
+
+    assert len(client.post(server(say(HEAD + b"\r\n", then=more)), b"alert", {}).body) == 1000
+    assert sent < 64_000_000  # what the buffers in between hold, not what ten seconds do
 
 
 @pytest.mark.timeout(60)
