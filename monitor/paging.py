@@ -57,7 +57,7 @@ class Known(NamedTuple):
     Attributes:
         now: wall clock, seconds since 1970.
         max_age: seconds; a finding that is older by its event time is old.
-        findings: whether a finding of this id is part of an alert already.
+        taken: whether a finding of this id is part of an alert already.
         episodes: ids of the episodes that have an alert, over or not.
         forgetting: conversations that are about to be deleted.
         behind: whether the partition of a conversation still catches up; for the empty id, whether any does.
@@ -66,7 +66,7 @@ class Known(NamedTuple):
 
     now: float
     max_age: float
-    findings: Callable[[str], bool]
+    taken: Callable[[str], bool]
     episodes: Collection[str]
     forgetting: Collection[str]
     behind: Callable[[str], bool]
@@ -92,7 +92,7 @@ def decide(pending: Sequence[Pending], known: Known) -> list[Decision]:
 def _reason(finding: Finding, known: Known, begun: Collection[str]) -> Reason:
     if finding.conversation_id in known.forgetting:
         return "forgetting"
-    if known.findings(finding.id):
+    if known.taken(finding.id):
         return "known"
     if finding.identity in UNSURE:
         return "weak_identity"

@@ -21,7 +21,7 @@ from service import CONFIG, message, projection
 from tiny import environment
 
 from alerts.config import AlertsConfig, Receiver, Route
-from alerts.dispatch import BATCH, LEASE, Dispatcher
+from alerts.dispatcher import BATCH, LEASE, Dispatcher
 from alerts.receivers import LogConfig
 from alerts.rules import one_log
 from monitor.actions import (
@@ -510,12 +510,13 @@ def test_while_the_log_is_away_alerts_are_told_once_and_written_down_later(house
 
             return fails
 
-    house.dispatcher._log = house.dispatcher._fold._log = Away()  # type: ignore[assignment]
+    journal = house.dispatcher._journal
+    house.dispatcher._log = journal._log = journal._fold._log = Away()  # type: ignore[assignment]
     for _ in range(3):
         house.dispatch()
         house.pass_time(40)
     assert len(house.channel.lines) == 1 and len(house.store.pending(9)) == 1
-    house.dispatcher._log = house.dispatcher._fold._log = real
+    house.dispatcher._log = journal._log = journal._fold._log = real
     house.dispatch()
     assert len(house.channel.lines) == 1 and not house.store.pending(9)
     assert house.alerts()["c"].told == {LOG: "critical"}

@@ -68,7 +68,7 @@ def known(**changes: Any) -> Known:
         **{
             "now": NOW,
             "max_age": HOUR,
-            "findings": lambda id: False,
+            "taken": lambda id: False,
             "episodes": set(),
             "forgetting": set(),
             "behind": lambda conversation: False,
@@ -155,13 +155,13 @@ def test_a_recovery_of_an_episode_that_was_only_kept_is_kept_too() -> None:
 
 def test_what_is_part_of_an_alert_already_is_not_taken_again_but_what_follows_is() -> None:
     pair = [finding("c", 1), finding("c", 2, severity="critical")]
-    known_one = {"findings": lambda id: id == "c-1-dip", "episodes": {"c-episode"}}
+    known_one = {"taken": lambda id: id == "c-1-dip", "episodes": {"c-episode"}}
     assert reasons(pair, **known_one) == ["keep: known", "take: same_episode"]
 
 
 def test_what_is_about_to_be_forgotten_waits_for_that() -> None:
     both = [finding("c", 1), finding("d", 1)]
-    assert reasons(both, forgetting={"c"}, findings=lambda id: id == "c-1-dip") == ["wait: forgetting", "take: new"]
+    assert reasons(both, forgetting={"c"}, taken=lambda id: id == "c-1-dip") == ["wait: forgetting", "take: new"]
 
 
 @given(
@@ -189,7 +189,7 @@ def test_nothing_is_taken_twice_and_no_end_without_a_beginning(
     episodes = {one.episode_id for one in made if one.id in told_ids}
     pending = [Pending(str(number), one, NOW) for number, one in enumerate(made)]
     state = known(
-        findings=told_ids.__contains__,
+        taken=told_ids.__contains__,
         episodes=episodes,
         behind=lambda conversation: conversation in behind,
         session=lambda conversation: session(

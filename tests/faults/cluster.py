@@ -20,8 +20,9 @@ import msgspec
 import servers
 
 from faults.collector import Plan, read_journal
-from faults.history import Delivery, Produced, Report, examine, records
+from faults.history import Delivery, Produced, Report, Told, alerts_in, examine, records
 from monitor import connect
+from monitor.alert import state
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import AnchorwatchError
 from monitor.settings import Settings
@@ -275,9 +276,9 @@ class Cluster:
         told = []
         for line in lines:
             with contextlib.suppress(msgspec.DecodeError):
-                finding = msgspec.json.decode(line)
-                if finding["kind"] != "fleet_shift":
-                    told.append(Delivery(finding["id"], line))
+                notification = msgspec.json.decode(line)
+                alerts = [alert for alert in notification["alerts"] if alert["labels"]["kind"] != "fleet_shift"]
+                told.append(Delivery(notification["id"], line, tuple(_told(alert) for alert in alerts)))
         return told
 
     def ends(self) -> dict[int, int]:
@@ -334,9 +335,15 @@ class Cluster:
                 raise AssertionError(f"{process.name} ended with {process.code}:\n{process.tail()}")
 
     def told(self) -> bool:
-        """Whether nothing waits in the outbox."""
+        """Whether nothing waits in the outbox, and whoever is to be told of an alert has been told how it is."""
         with self.opened() as (_, store):
-            return not store.pending(1)
+            if store.pending(1):
+                return False
+            for alert in alerts_in(store).values():
+                words = set(alert.told.values())
+                if words != {state(alert)} and (alert.firing or words):
+                    return False
+            return True
 
     def dead_letter_reasons(self) -> set[str]:
         with self.opened() as (log, _):
@@ -351,6 +358,11 @@ class Cluster:
         with self.opened() as (log, store):
             produced = self.produced() if believed else []
             return examine(log, store, self.config, produced=produced, deliveries=self.deliveries(), **more)
+
+
+def _told(alert: Mapping[str, Any]) -> Told:
+    over = alert["status"] == "resolved"
+    return Told(alert["id"], "resolved" if over else alert["labels"]["severity"], tuple(alert["finding_ids"]))
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = PATIENCE, told: Callable[[], str] = str) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from monitor.actions import body_of
+from monitor.alert import Alert
 from monitor.control import calibration_in, is_control
 from monitor.detect.baseline import DetectorConfig
 from monitor.detect.conversation import ConversationState, Step, decode_state, step
@@ -31,6 +33,8 @@ __all__ = [
     "Produced",
     "Report",
     "Seen",
+    "Told",
+    "alerts_in",
     "compare",
     "examine",
     "expect",
@@ -53,11 +57,20 @@ class Fault(NamedTuple):
     what: str
 
 
+class Told(NamedTuple):
+    """What a notification says of one alert: that it fires, and how badly, or that it is over."""
+
+    alert: str
+    state: str
+    findings: tuple[str, ...] = ()
+
+
 class Delivery(NamedTuple):
-    """One line that a receiver got. `body` are its bytes, less what differs by design between two deliveries."""
+    """One notification that a receiver got. `body` are its bytes, less what differs by design between two of them."""
 
     id: str
     body: bytes
+    told: tuple[Told, ...] = ()
 
 
 def digest(value: bytes) -> str:
@@ -492,24 +505,57 @@ def compare_produced(
 
 
 def compare_delivered(
-    expected: Expected, deliveries: Sequence[Delivery], pending: Iterable[Finding] = (), *, excused: Iterable[str] = ()
+    expected: Expected,
+    deliveries: Sequence[Delivery],
+    alerts: Mapping[str, Alert],
+    pending: Iterable[Finding] = (),
+    *,
+    forgetful: bool = False,
 ) -> list[Fault]:
-    """Whether each finding was delivered at least once, always with the same body, and none that the fold never made.
+    """Whether every finding is part of an alert, every alert was delivered at least once in every state in which it was
+    left, always under one id and with the same body, and none that the fold never made.
 
-    `pending` findings still wait for the dispatcher, and `excused` ids need not be delivered (too old, silenced).
+    `alerts` are those that the dispatcher has written down, by id. What was over before its turn came need not be
+    delivered. `pending` findings still wait for the dispatcher. Of a `forgetful` broker, one id may become two.
     """
     faults = list[Fault]()
     bodies: dict[str, bytes] = {}
+    ids: dict[tuple[str, str], set[str]] = {}
     everything = expected.all_findings()
     for delivery in deliveries:
         if bodies.setdefault(delivery.id, delivery.body) != delivery.body:
-            faults.append(Fault("changed", f"finding {delivery.id} was delivered with two bodies"))
-    for id in bodies.keys() - everything.keys():
-        faults.append(Fault("extra", f"{id} was delivered, which the fold does not know"))
-    waived = {finding.id for finding in pending} | set(excused)
-    for id in everything.keys() - bodies.keys() - waived:
-        faults.append(Fault("lost", f"finding {id} of {everything[id].conversation_id} was never delivered"))
+            faults.append(Fault("changed", f"notification {delivery.id} was delivered with two bodies"))
+        for told in delivery.told:
+            ids.setdefault((told.alert, told.state), set()).add(delivery.id)
+            for unknown in set(told.findings) - everything.keys():
+                faults.append(Fault("extra", f"{unknown} was delivered, which the fold does not know"))
+    for (id, state), several in ids.items():
+        if id not in alerts:
+            faults.append(Fault("extra", f"alert {id} was delivered, and is not written down"))
+        if len(several) > 1 and not forgetful:
+            faults.append(Fault("duplicated", f"that alert {id} is {state} was delivered under {len(several)} ids"))
+    waiting = {finding.id for finding in pending}
+    parts = {finding for alert in alerts.values() for finding in alert.finding_ids}
+    ended = {finding.episode_id: finding for finding in everything.values() if finding.kind == "recovered"}
+    for id, finding in everything.items():
+        if id not in parts and id not in waiting:
+            faults.append(Fault("lost", f"finding {id} of {finding.conversation_id} is part of no alert"))
+    for id, alert in alerts.items():
+        if waiting & {found.id for found in everything.values() if found.episode_id == id} or not alert.conversation_id:
+            continue
+        if id in ended and alert.firing:
+            faults.append(Fault("lost", f"alert {id} fires, though its episode is over"))
+        never = not any(told == id for told, _ in ids)
+        now = alert.severity if alert.firing else "resolved"
+        if (id, now) not in ids and (alert.firing or not never):
+            faults.append(Fault("lost", f"that alert {id} is {now} was never delivered"))
     return faults
+
+
+def alerts_in(store: Any) -> dict[str, Alert]:
+    """The alerts that a store has folded from the log of actions, by id."""
+    bodies = [body_of(key, value) for key, value in store.actions("alert/").items()]
+    return {body.id: body for body in bodies if isinstance(body, Alert)}
 
 
 def examine(
@@ -520,7 +566,6 @@ def examine(
     topic: str = PROJECTIONS,
     produced: Sequence[Produced] = (),
     deliveries: Sequence[Delivery] | None = None,
-    excused: Iterable[str] = (),
     count: int | None = None,
     through: Mapping[int, int] | None = None,
     forgetful: bool = False,
@@ -535,5 +580,5 @@ def examine(
         wrong, forgotten = compare_produced(partitions, produced, forgetful=forgetful)
         faults += wrong
     if deliveries is not None:
-        faults += compare_delivered(expected, deliveries, seen.pending, excused=excused)
+        faults += compare_delivered(expected, deliveries, alerts_in(store), seen.pending, forgetful=forgetful)
     return Report(expected.records, len(expected.all_findings()), len(deliveries or ()), faults, forgotten)

@@ -12,11 +12,13 @@ import pytest
 from msgspec.structs import replace
 from service import CONFIG, POISON, message, projection, traffic
 
+from alerts.table import Table
 from faults.history import (
     Delivery,
     Expected,
     Produced,
     Seen,
+    Told,
     _session,
     compare,
     compare_delivered,
@@ -25,9 +27,9 @@ from faults.history import (
     examine,
     expect,
 )
+from monitor.alert import Alert, state
 from monitor.control import calibration_message
 from monitor.detect.conversation import encode_state
-from monitor.events import encode
 from monitor.placement import partition_of
 from monitor.store.sqlite import SqliteStore
 from monitor.store.store import MinuteSums
@@ -281,26 +283,50 @@ def test_turns_that_changed_places_are_found() -> None:
 # What was delivered.
 
 
+def alerts(expected: Expected) -> dict[str, Alert]:
+    """Those that a dispatcher would make of the findings."""
+    table = Table()
+    for finding in expected.all_findings().values():
+        table.take(finding, None, [], 0.0)
+    return table.alerts
+
+
 def deliveries(expected: Expected) -> list[Delivery]:
-    return [Delivery(id, encode(finding)) for id, finding in expected.all_findings().items()]
+    """Each alert once for each state in which it was."""
+    found, table = [], Table()
+    for finding in expected.all_findings().values():
+        alert = table.take(finding, None, [], 0.0)
+        told = Told(alert.id, state(alert), alert.finding_ids)
+        if told[:2] not in [one.told[0][:2] for one in found]:
+            found.append(Delivery(f"n{len(found)}", repr(told).encode(), (told,)))
+    return found
 
 
 def test_delivered_once_or_often_with_one_body(expected: Expected) -> None:
     told = deliveries(expected)
-    assert compare_delivered(expected, told) == []
-    assert compare_delivered(expected, told + told[:3]) == []
+    assert compare_delivered(expected, told, alerts(expected)) == []
+    assert compare_delivered(expected, told + told[:3], alerts(expected)) == []
 
 
 def test_what_is_wrong_with_deliveries_is_found(expected: Expected) -> None:
-    told = deliveries(expected)
+    told, known = deliveries(expected), alerts(expected)
+    last = told[-1]
     kinds = [
-        [fault.kind for fault in compare_delivered(expected, broken)]
-        for broken in (told[1:], [*told, Delivery(told[0].id, b"{}")], [*told, Delivery("x", b"{}")])
+        [fault.kind for fault in compare_delivered(expected, broken, known)]
+        for broken in (
+            told[:-1],
+            [*told, last._replace(body=b"{}")],
+            [*told, last._replace(id="x")],
+            [*told, Delivery("x", b"{}", (Told("unknown", "warning", ()),))],
+            [*told, Delivery("x", b"{}", (last.told[0]._replace(state="other", findings=("unknown",)),))],
+        )
     ]
-    assert kinds == [["lost"], ["changed"], ["extra"]]
-    missing = expected.all_findings()[told[0].id]
-    assert compare_delivered(expected, told[1:], pending=[missing]) == [], "it still waits"
-    assert compare_delivered(expected, told[1:], excused=[missing.id]) == []
+    assert kinds == [["lost"], ["changed"], ["duplicated"], ["extra"], ["extra"]]
+    less = {id: alert for id, alert in known.items() if id != last.told[0].alert}
+    here = [one for one in told if one.told[0].alert != last.told[0].alert]
+    missing = [found for found in expected.all_findings().values() if found.episode_id not in less]
+    assert {fault.kind for fault in compare_delivered(expected, here, less)} == {"lost"}
+    assert compare_delivered(expected, here, less, pending=missing) == [], "they still wait"
 
 
 # The whole of it, over a real log, worker and store.
