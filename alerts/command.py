@@ -27,7 +27,9 @@ from monitor.settings import load_settings
 
 __all__ = ["alerts_app"]
 
-alerts_app = typer.Typer(help="Whom to tell: check the rules, try the receivers, go live.", no_args_is_help=True)
+alerts_app = typer.Typer(
+    help="Whom to tell: check the rules, try the receivers, go live.", no_args_is_help=True, add_completion=False
+)
 alerts_app.command()(test)
 alerts_app.command()(status)
 alerts_app.command()(enable)

@@ -40,7 +40,9 @@ DataSource = Annotated[
 CaFile = Annotated[Path | None, typer.Option(help="PEM file of the authority that signed Grafana's certificate.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
-dashboards_app = typer.Typer(help="Grafana's dashboards: build, push, compare.", no_args_is_help=True)
+dashboards_app = typer.Typer(
+    help="Grafana's dashboards: build, push, compare.", no_args_is_help=True, add_completion=False
+)
 _stdout = Console(highlight=False)
 _stderr = Console(stderr=True, highlight=False)
 

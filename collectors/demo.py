@@ -1,21 +1,23 @@
 """The demo: a real model holds scripted conversations, is watched while it speaks, and drifting ones are flagged live.
 
-Every part is the real one: model, tap, queue, log, worker, store. It knows how to join them and how to show it. By
-default log and store are embedded, and thrown away; on Kafka and Redis it has a topic of its own, so that nothing of it
-gets among real conversations.
+Every part is the real one: model, tap, queue, log, worker, store, dispatcher, page. It knows how to join them and how
+to show it. By default log and store are embedded, and thrown away; on Kafka and Redis it has a topic of its own, so
+that nothing of it gets among real conversations.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 from rich.console import Console
@@ -31,16 +33,17 @@ from collectors.watch import watch
 from monitor import connect
 from monitor.axis.bundle import load_bundle, resolve_bundle
 from monitor.database import sqlite_url
+from monitor.detect.baseline import DetectorConfig
 from monitor.detect.configure import detector_config
 from monitor.detect.conversation import Step
 from monitor.errors import ConfigurationError
 from monitor.events import Finding, Projection
-from monitor.settings import load_settings
+from monitor.settings import Settings, load_settings
 from monitor.stream import open_log, open_subscription, open_topics
 from monitor.stream.log import PROJECTIONS
 from monitor.stream.options import KafkaOptions
 from monitor.stream.topics import TopicSpec
-from monitor.worker import Worker
+from monitor.worker import Listener, Worker
 
 __all__ = ["Demo", "publish_demo", "run_demo", "sparkline", "spread"]
 
@@ -56,6 +59,10 @@ MEANING = {
     "slow_drift": "a task that slowly becomes something else: drift",
 }
 TOPIC = "anchorwatch.demo"
+# Settings, calibration, where alerts go, who is told of every response -> where the page is, what is set at the end.
+Service: TypeAlias = Callable[
+    [Settings, DetectorConfig, Path, Listener], AbstractContextManager[tuple[str, threading.Event]]
+]
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -210,6 +217,8 @@ def run_demo(
     log_url: str | None = None,
     store_url: str | None = None,
     kafka: KafkaOptions | None = None,
+    service: Service | None = None,
+    stay: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the demo and return its summary, as `anchorwatch demo --json` prints it.
@@ -221,6 +230,9 @@ def run_demo(
         log_url, store_url: a log or a store elsewhere, as the settings name them. On Kafka the responses go to a topic
             of their own, `anchorwatch.demo`, which is made when it is missing.
         kafka: how to reach it.
+        service: what judges and shows, where log and store are files: `alerts.up.running`. Elsewhere, and without it,
+            a worker alone judges: alerts and actions would get among those of the installation.
+        stay: when all is done, keep the page until Ctrl-C.
         console: where to show it; by default standard error.
 
     Raises:
@@ -242,71 +254,124 @@ def run_demo(
     talks = [(script.id + run, script) for script in scripts]
     demo = Demo(talks)
     view: View = LiveTable(demo, console) if console.is_terminal else Lines(demo, console)
-    with tempfile.TemporaryDirectory(prefix="anchorwatch-") as scratch:
-        folder = data_dir or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        log_url = log_url or sqlite_url(folder / "log.db")
-        topic = _own_topic(log_url, kafka)
-        log = open_log(log_url, kafka)
-        settings = load_settings()
-        store = connect.store(settings.model_copy(update={"store_url": store_url or sqlite_url(folder / "store.db")}))
-        subscription = open_subscription(log_url, log, topic, f"anchorwatch-demo{run}", kafka)
-        stop = threading.Event()
 
-        def on_step(projection: Projection, result: Step) -> None:
+    def on_step(projection: Projection, result: Step) -> None:
+        if projection.conversation_id in demo.sessions:  # of this run
             for finding in demo.on_step(projection, result):
                 view.told(finding)
 
-        def of_this_run(projection: Projection, result: Step) -> None:
-            if projection.conversation_id in demo.sessions:
-                on_step(projection, result)
+    def on_reply(reply: Reply) -> None:
+        demo.on_reply(reply)
+        view.progress()
 
-        worker = Worker(log, store, config, subscription=subscription, topic=topic, on_step=of_this_run)
-        judging = threading.Thread(target=worker.run, args=(stop,), name="anchorwatch-worker")
-
-        def on_reply(reply: Reply) -> None:
-            demo.on_reply(reply)
-            view.progress()
-
-        with view:
-            judging.start()
-            started = time.monotonic()
-            try:
-                with (
-                    open_publisher(log, settings, topic) as publisher,
-                    watch(loaded.model, loaded.tokenizer, axis, publisher) as watched,
-                ):
-                    play(loaded, watched, talks, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=on_reply)
-                    seconds = time.monotonic() - started
-                    expected = demo.responses - watched.unscored
-                _wait(lambda: demo.judged >= expected or not judging.is_alive(), 30.0)
-            finally:
-                stop.set()
-                judging.join()
-                subscription.close()
-                log.close()
-                store.close()
-        console.print("Measuring what the tap costs …", style="dim")
-        overhead = measure_overhead(loaded, axis, batch_size=8, tokens=16, rounds=4)
-    summary = {
-        "conversations": len(scripts),
-        "responses": demo.responses,
-        "tokens": demo.tokens,
-        "tokens_per_second": round(demo.tokens / seconds, 1),
-        "by_kind": demo.by_kind(),
-        "findings": [msgspec.to_builtins(finding) for finding in demo.findings],
-        "tap_overhead": round(1.0 - overhead.ratio, 4),
-        "unscored": watched.unscored,
-        "seconds": round(seconds, 1),
-        "axis_id": axis.id,
-        "config_id": config.config_id,
-    }
-    if demo.judged < expected:
-        raise ConfigurationError(
-            f"only {demo.judged} of {expected} responses were judged", cure="see the worker's messages above"
+    with tempfile.TemporaryDirectory(prefix="anchorwatch-") as scratch:
+        folder = data_dir or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = _settings(folder, log_url, store_url)
+        topic = _own_topic(settings.log_url, kafka)
+        judging = (
+            _worker(settings, config, topic, f"anchorwatch-demo{run}", kafka, on_step)
+            if service is None or log_url or store_url
+            else service(settings, config, folder / "alerts.jsonl", on_step)
         )
-    show_summary(summary, demo, console)
+        with judging as (page, ended):
+            if page:
+                console.print(f"The page, while it runs: {page}/", highlight=False, soft_wrap=True)
+            log = open_log(settings.log_url, kafka)
+            try:
+                with view:
+                    started = time.monotonic()
+                    with (
+                        open_publisher(log, settings, topic) as publisher,
+                        watch(loaded.model, loaded.tokenizer, axis, publisher) as watched,
+                    ):
+                        play(loaded, watched, talks, tokens=tokens, batch_size=batch_size, seed=seed, on_reply=on_reply)
+                        seconds = time.monotonic() - started
+                        expected = demo.responses - watched.unscored
+                    _wait(lambda: demo.judged >= expected or ended.is_set(), 30.0)
+            finally:
+                log.close()
+            if demo.judged < expected:
+                raise ConfigurationError(
+                    f"only {demo.judged} of {expected} responses were judged", cure="see the worker's messages above"
+                )
+            console.print("Measuring what the tap costs …", style="dim")
+            overhead = measure_overhead(loaded, axis, batch_size=8, tokens=16, rounds=4)
+            summary = {
+                "conversations": len(scripts),
+                "responses": demo.responses,
+                "tokens": demo.tokens,
+                "tokens_per_second": round(demo.tokens / seconds, 1),
+                "by_kind": demo.by_kind(),
+                "findings": [msgspec.to_builtins(finding) for finding in demo.findings],
+                "tap_overhead": round(1.0 - overhead.ratio, 4),
+                "unscored": watched.unscored,
+                "seconds": round(seconds, 1),
+                "axis_id": axis.id,
+                "config_id": config.config_id,
+            }
+            show_summary(summary, demo, console)
+            if page:
+                _say_where(page, data_dir, stay, console)
+                with contextlib.suppress(KeyboardInterrupt):
+                    while stay and not ended.wait(1.0):
+                        pass
     return summary
+
+
+@contextmanager
+def _worker(
+    settings: Settings, config: DetectorConfig, topic: str, group: str, kafka: KafkaOptions | None, on_step: Listener
+) -> Iterator[tuple[str, threading.Event]]:
+    """A worker in a thread, and no page. The event is set when it has ended."""
+    log, store = open_log(settings.log_url, kafka), connect.store(settings)
+    subscription = open_subscription(settings.log_url, log, topic, group, kafka)
+    stop, ended = threading.Event(), threading.Event()
+
+    def run() -> None:
+        try:
+            Worker(log, store, config, subscription=subscription, topic=topic, on_step=on_step).run(stop)
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=run, name="anchorwatch-worker")
+    thread.start()
+    try:
+        yield "", ended
+    finally:
+        stop.set()
+        thread.join()
+        subscription.close()
+        log.close()
+        store.close()
+
+
+def _settings(folder: Path, log_url: str | None, store_url: str | None) -> Settings:
+    """The installation's settings, but for what a demo must not touch: its files, its alerts, its keys, its port."""
+    return load_settings().model_copy(
+        update={
+            "data_dir": folder,
+            "log_url": log_url or sqlite_url(folder / "log.db"),
+            "store_url": store_url or sqlite_url(folder / "store.db"),
+            "alerts_file": None,
+            "api_keys_file": None,
+            "api_host": "127.0.0.1",
+            "api_port": 0,
+            "api_tls_certificate": None,
+            "api_tls_key": None,
+            "installation_key": None,
+        }
+    )
+
+
+def _say_where(page: str, data_dir: Path | None, stay: bool, console: Console) -> None:
+    if stay:
+        text = f"The page: {page}/ (until Ctrl-C)"
+    elif data_dir is not None:
+        text = f"To see the page again: ANCHORWATCH_DATA_DIR={data_dir} anchorwatch up"
+    else:
+        text = "To look at the page: anchorwatch demo --stay, or --data-dir FOLDER to keep all that it shows"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def publish_demo(

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,13 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
 from monitor import telemetry
 from monitor.errors import AnchorwatchError, ConfigurationError
 from monitor.fleet_report import fleet_command
 from monitor.operators import mount as mount_operators
+from monitor.service import Calibration as CalibrationFile
 from monitor.service import replay as replay_command
 from monitor.service import worker as worker_command
 from monitor.serving import api as api_command
@@ -35,7 +37,46 @@ from monitor.topics import topics_app
 
 __all__ = ["app", "main"]
 
+
+class _Front(TyperGroup):
+    """Loads the commands of `alerts` when they are asked for: a worker needs nothing of what they need."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # typer's is click's
+        """Every command's name."""
+        return [*super().list_commands(ctx), "alerts", "dashboards"]
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
+        """The command of that name."""
+        try:
+            match cmd_name:
+                case "alerts":
+                    from alerts.command import alerts_app as found
+                case "dashboards":
+                    from alerts.dashboards_command import dashboards_app as found
+                case _:
+                    return super().get_command(ctx, cmd_name)
+        except ModuleNotFoundError as error:
+            found = _lacking(cmd_name, error)
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
+
+def _lacking(name: str, error: ModuleNotFoundError) -> typer.Typer:
+    """A command that says what is not installed; the others work without it."""
+    problem = f"this command needs {error.name}"
+    extra = "grafana" if name == "dashboards" else "alerts"
+    lacking = typer.Typer(help=f"(not installed: pip install 'anchorwatch[{extra}]')")
+
+    @lacking.command(name, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def say() -> None:
+        raise ConfigurationError(problem, cure=f"pip install 'anchorwatch[{extra}]'")
+
+    return lacking
+
+
 app = typer.Typer(
+    cls=_Front,
     name="anchorwatch",
     help="Real-time persona-drift monitoring for language models: the Assistant Axis, live.",
     no_args_is_help=True,
@@ -114,13 +155,17 @@ def demo(
     publish: Annotated[
         bool, typer.Option("--publish", help="Only publish to ANCHORWATCH_LOG_URL, for a worker elsewhere to judge.")
     ] = False,
+    stay: Annotated[
+        bool | None,
+        typer.Option(help="Keep the page, when all is done, until Ctrl-C. [default: on a terminal, without --json]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Watch a real model hold scripted conversations, and flag those that drift, live.
+    """Watch a real model hold scripted conversations, and flag those that drift, live; with the page to look at.
 
     On Kafka it writes to a topic of its own, anchorwatch.demo.
     """
-    from collectors.demo import publish_demo, run_demo
+    from collectors.demo import Service, publish_demo, run_demo
     from monitor.connect import kafka_options
 
     if publish:
@@ -132,6 +177,9 @@ def demo(
         print(json.dumps(counts) if as_json else "\n".join(f"{name:<14} {value}" for name, value in counts.items()))
         raise typer.Exit(0 if counts["written"] else 1)
 
+    service: Service | None = None
+    with suppress(ModuleNotFoundError):  # whoever has only what a collector needs sees the demo without its page
+        from alerts.up import running as service
     result = run_demo(
         model=model,
         bundle=bundle,
@@ -142,9 +190,25 @@ def demo(
         log_url=None if kafka is None else f"kafka://{kafka.removeprefix('kafka://')}",
         store_url=redis,
         kafka=kafka_options(load_settings()),
+        service=service,
+        stay=sys.stdin.isatty() and sys.stderr.isatty() and not as_json if stay is None else stay,
     )
     if as_json:
         print(json.dumps(result))
+
+
+@app.command()
+def up(bundle: BundleName = "smollm2", calibration: CalibrationFile = None) -> None:
+    """Run worker, dispatcher, HTTP interface and page in one process, until SIGTERM or Ctrl-C.
+
+    Log and store are files in the data directory unless the settings name servers. The calibration given here judges
+    only where none is in force yet. Collectors on this machine publish into the same log; others over HTTP.
+    """
+    from alerts.up import up as run
+    from monitor import connect
+
+    settings = load_settings()
+    run(connect.calibration(bundle if calibration is None else str(calibration), settings), settings)
 
 
 @app.command()

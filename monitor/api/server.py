@@ -1,6 +1,7 @@
 """Serves an application with uvicorn: deadlines for slow clients, an orderly end, and quiet log lines.
 
-It knows nothing of the application. SIGTERM or Ctrl-C: no new connections, requests under way are answered, the end.
+It knows nothing of the application, but for `app.state.ending`: where there is such a function, it ends what would
+never end by itself. SIGTERM or Ctrl-C: that, no new connections, requests under way are answered, the end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from monitor.errors import ConfigurationError
 __all__ = ["is_loopback", "listen", "serve", "serving"]
 
 HEADER_SECONDS = 10.0
+UNREAD_SECONDS = 30.0
 IDLE_SECONDS = 30
 DRAIN_SECONDS = 8
 CONNECTIONS = 4_000
@@ -72,7 +74,7 @@ def serve(
     Raises:
         ConfigurationError: certificate and key can't be used.
     """
-    server = _Server(_config(app, certificate, private_key), ready)
+    server = _Server(app, _config(app, certificate, private_key), ready)
     # uvicorn sends itself the signal once more when it has ended in good order; by then it means nothing new.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -84,21 +86,36 @@ def serve(
 
 @contextmanager
 def serving(
-    app: FastAPI, listener: socket.socket, *, certificate: Path | None = None, private_key: Path | None = None
-) -> Iterator[threading.Thread]:
-    """Serve in a thread of its own, which it gives, for as long as the block runs. Signals are somebody else's.
+    app: FastAPI,
+    listener: socket.socket,
+    ended: threading.Event,
+    *,
+    certificate: Path | None = None,
+    private_key: Path | None = None,
+) -> Iterator[None]:
+    """Serve in a thread of its own for as long as the block runs. Signals are somebody else's; `ended` is set when the
+    server ends for reasons of its own.
 
     Raises:
-        ConfigurationError: certificate and key can't be used.
+        ConfigurationError: certificate and key can't be used, or it does not start.
     """
     ready = threading.Event()
-    server = _Server(_config(app, certificate, private_key), ready.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="anchorwatch-api")
+    server = _Server(app, _config(app, certificate, private_key), ready.set)
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listener])
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=run, name="anchorwatch-api")
     thread.start()
     try:
         while thread.is_alive() and not ready.wait(0.05):
             pass
-        yield thread
+        if not ready.is_set():
+            raise ConfigurationError("the HTTP interface did not start", cure="see its log lines above")
+        yield
     finally:
         server.should_exit = True
         thread.join()
@@ -132,20 +149,28 @@ def _config(app: FastAPI, certificate: Path | None, private_key: Path | None) ->
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, app: FastAPI, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._ready = ready
+        self._ending: Callable[[], None] | None = getattr(app.state, "ending", None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._ending is not None:
+            self._ending()
+        await super().shutdown(sockets)
+
 
 class _Patient(H11Protocol):
-    """HTTP/1.1 that does not wait for ever for a request's headers. A body's deadline is the application's."""
+    """HTTP/1.1 that does not wait for ever for a request's headers, nor for a client that does not read what it is
+    sent. A body's deadline is the application's."""
 
     _due: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -163,9 +188,24 @@ class _Patient(H11Protocol):
         super().on_response_complete()
         self._stop()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._flow()
+        self._stalled = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._flow()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        self._flow()
         super().connection_lost(exc)
+
+    def _flow(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _wait(self) -> None:
         self._due = self.loop.call_later(HEADER_SECONDS, self.transport.close)
