@@ -40,7 +40,7 @@ from monitor.alert import Alert, Notification
 from monitor.control import calibration_message
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import CommitRefused, ConfigurationError, EventError, LogError
-from monitor.events import Finding, now_utc
+from monitor.events import now_utc
 from monitor.matchers import MAX_MATCHERS, Matcher, matches
 from monitor.placement import partition_of
 from monitor.store.store import Actions, Housekeeping, Position
@@ -136,11 +136,6 @@ class Silence(Struct, frozen=True, omit_defaults=True):
             and self.kind in (None, labels.get("kind", ""))
             and matches(self.matchers, labels)
         )
-
-    def matches(self, finding: Finding) -> bool:
-        """The same of a finding by itself; one with matchers takes an alert, which has all the labels: `mutes`."""
-        labels = {"deployment": finding.deployment, "conversation_id": finding.conversation_id, "kind": finding.kind}
-        return not self.matchers and self.mutes(labels)
 
 
 class Forgetting(Struct, frozen=True):

@@ -33,6 +33,7 @@ from monitor.actions import (
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import ConfigurationError, EventError, LogError
 from monitor.events import Finding
+from monitor.matchers import Matcher
 from monitor.store import Backend
 from monitor.store.redis import RedisStore
 from monitor.store.sqlite import SqliteStore
@@ -490,12 +491,14 @@ def test_recorded_calibrations_see_what_is_added(log: EmbeddedLog) -> None:
     assert isinstance(found := recorded(0, 9), DetectorConfig) and found.config_id == OTHER.config_id
 
 
-def test_a_silence_matches_all_that_it_names() -> None:
-    from test_paging import finding
-
+def test_a_silence_mutes_what_has_all_that_it_names() -> None:
     until = "2026-01-01T00:00:00Z"
-    one = finding("c", 1)
-    assert Silence(until).matches(one)
-    assert Silence(until, deployment="shop", conversation_id="c", kind="dip").matches(one)
+    one = {"deployment": "shop", "conversation_id": "c", "kind": "dip", "severity": "warning"}
+    assert Silence(until).mutes(one) and Silence(until).mutes({})
+    assert Silence(until, deployment="shop", conversation_id="c", kind="dip").mutes(one)
     for other in ({"deployment": "x"}, {"conversation_id": "x"}, {"kind": "low_start"}):
-        assert not Silence(until, **{"deployment": "shop", **other}).matches(one)
+        assert not Silence(until, **{"deployment": "shop", **other}).mutes(one)
+    warning = Matcher("severity", "=", "warning")
+    assert Silence(until, deployment="shop", matchers=(warning,)).mutes(one)
+    assert not Silence(until, deployment="shop", matchers=(warning,)).mutes({**one, "severity": "critical"})
+    assert not Silence(until, deployment="x", matchers=(warning,)).mutes(one)

@@ -304,7 +304,7 @@ def test_what_reaches_whom_follows_the_routes(here: Here) -> None:
         CERTIFIED, baselines={"playground": replace(CONFIG.baselines["shop"], deployment="playground")}
     )
     pager, nobody = pages(rules, outlook(playground, {"playground": 1.0}, prevalence=0.0, detection=1.0))
-    assert (pager.receiver, nobody.receiver, nobody.severities) == ("pager", "nobody", ("warning",))
+    assert (pager.receiver, nobody.receiver, nobody.severities) == ("pager", "nobody", ("warning", "critical"))
 
 
 # What there is
