@@ -35,27 +35,29 @@ function replace(part, next) {
   if (link) part.querySelector(`a[href="${CSS.escape(link)}"]`)?.focus({ preventScroll: true });
 }
 
-async function again() {
-  if (!document.hidden) {
-    try {
-      await refresh();
-    } catch {
-      const minutes = Math.floor((Date.now() - shownAt) / 60_000);
-      stale.textContent = `The server does not answer: this is ${minutes ? `${minutes} min` : "some seconds"} old.`;
-      stale.hidden = false;
-    }
+async function look() {
+  try {
+    await refresh();
+  } catch {
+    const minutes = Math.floor((Date.now() - shownAt) / 60_000);
+    stale.textContent = `The server does not answer: this is ${minutes ? `${minutes} min` : "some seconds"} old.`;
+    stale.hidden = false;
   }
+}
+
+async function again() {
+  if (!document.hidden) await look();
   setTimeout(again, EVERY);
 }
 
 if (stale) {
-  // A message about what was done is for now, not for whoever reloads.
+  // A message about what was done is for now, not for whoever loads the page again.
   const address = new URL(location.href);
   if (address.searchParams.has("done") || address.searchParams.has("again")) {
     address.searchParams.delete("done");
     address.searchParams.delete("again");
     history.replaceState(null, "", address);
   }
-  document.addEventListener("visibilitychange", () => !document.hidden && refresh().catch(() => {}));
+  document.addEventListener("visibilitychange", () => document.hidden || look());
   setTimeout(again, EVERY);
 }
