@@ -15,7 +15,9 @@ from typing import ClassVar, Literal, TypeAlias, cast
 
 from msgspec import Struct
 
+from alerts.guard import parse
 from alerts.section import Section, url_problem
+from monitor.errors import ChannelError
 
 __all__ = [
     "AlertmanagerConfig",
@@ -161,11 +163,11 @@ def _webhook(section: Section, receiver: str, index: int) -> WebhookConfig:
         receiver=receiver,
         index=index,
         send_resolved=section.truth("send_resolved", True),
-        url=section.url("url"),
+        url=(url := section.url("url")),
         secret_files=secrets,
         max_alerts=section.whole("max_alerts", 100, 1, MAX_ALERTS),
         timeout=_timeout(section),
-        allow_private=section.truth("allow_private", False),
+        allow_private=_allow_private(section, url),
     )
 
 
@@ -189,7 +191,7 @@ def _alertmanager(section: Section, receiver: str, index: int) -> AlertmanagerCo
         # Alertmanager takes an alert for over when nobody has spoken of it for its resolve_timeout, by default 5m.
         refresh=section.seconds("refresh", 60.0, 1.0, 240.0),
         timeout=_timeout(section),
-        allow_private=section.truth("allow_private", False),
+        allow_private=_allow_private(section, url),
     )
 
 
@@ -199,21 +201,22 @@ def _pagerduty(section: Section, receiver: str, index: int) -> PagerDutyConfig:
         index=index,
         send_resolved=section.truth("send_resolved", True),
         routing_key_file=section.secret("routing_key_file", _routing_key, required=True) or Path(),
-        url=section.url("url", "https://events.pagerduty.com/v2/enqueue"),
+        url=(url := section.url("url", "https://events.pagerduty.com/v2/enqueue")),
         timeout=_timeout(section),
-        allow_private=section.truth("allow_private", False),
+        allow_private=_allow_private(section, url),
     )
 
 
 def _slack(section: Section, receiver: str, index: int) -> SlackConfig:
+    private = section.truth("allow_private", False)
     return SlackConfig(
         receiver=receiver,
         index=index,
         send_resolved=section.truth("send_resolved", True),
-        url_file=section.secret("api_url_file", _address, required=True) or Path(),
+        url_file=section.secret("api_url_file", lambda held: _address(held, private), required=True) or Path(),
         max_alerts=section.whole("max_alerts", 10, 1, 40),
         timeout=_timeout(section),
-        allow_private=section.truth("allow_private", False),
+        allow_private=private,
     )
 
 
@@ -300,8 +303,24 @@ def _routing_key(held: str) -> str | None:
     )
 
 
-def _address(held: str) -> str | None:
-    problem = url_problem(held)
+def _allow_private(section: Section, url: str) -> bool:
+    """What it says, once it is known that alerts are ever sent to that address; names are looked up only then."""
+    allowed = section.truth("allow_private", False)
+    if url and (problem := _refused(url, allowed)):
+        section.wrong("url", f"would never be sent to: {problem}")
+    return allowed
+
+
+def _refused(url: str, allow_private: bool) -> str | None:
+    try:
+        parse(url, allow_private=allow_private)
+    except ChannelError as error:
+        return f"{error.problem}; {error.cure}"
+    return None
+
+
+def _address(held: str, allow_private: bool) -> str | None:
+    problem = url_problem(held) or _refused(held, allow_private)
     return f"must hold the webhook's address, and that {problem}" if problem else None
 
 
