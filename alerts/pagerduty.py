@@ -60,12 +60,13 @@ class PagerDutyChannel:
 def action(notification: Notification) -> Action:
     """What becomes of the group's incident.
 
-    It is resolved once nothing that the notification covers fires, shown or not; acknowledged where all that fires is,
-    and nothing is new. What has no alert at all (a digest, a test) opens an incident, since somebody is to read it.
+    It is resolved once nothing in the group fires, shown or not; acknowledged where all that fires is, and nothing is
+    new. A digest and a test open one of their own, since somebody is to read them; whoever has, closes it.
     """
     if notification.reason in ("digest", "capped", "test"):
         return "trigger"
-    if notification.status == "resolved" and all(word == "resolved" for word in notification.covered.values()):
+    over = notification.reason == "all_resolved" or not notification.truncated
+    if over and notification.status == "resolved" and set(notification.covered.values()) <= {"resolved"}:
         return "resolve"
     firing = [alert for alert in notification.alerts if alert.firing]
     news = notification.reason in ("first", "new_alerts", "escalated")

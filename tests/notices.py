@@ -38,6 +38,8 @@ HOSTILE = (
     "&lt;&amp;",
     "😀" * 256,
     "x" * 256,
+    "&" * 256,
+    "\U000e0001" * 256,
 )
 # Names as people have them. They are shown as they are; those written from right to left are isolated.
 NAMES = (

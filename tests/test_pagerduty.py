@@ -110,6 +110,8 @@ SEEN = {"acknowledged_by": "ana"}
         (notification(over(), over("2", **SEEN), reason="all_resolved"), "resolve"),
         # One that is not shown still fires: the incident stays open.
         (notification(over(), reason="resolved", covered={"e1": "resolved", "e2": "warning"}, truncated=1), "trigger"),
+        (notification(over(), reason="resolved", truncated=1), "trigger"),
+        (notification(over(), reason="all_resolved", truncated=1), "resolve"),
         # Not all are shown: whether all that fire are acknowledged is not known here.
         (notification(alert(**SEEN), reason="repeat", truncated=1), "trigger"),
         (notification(reason="digest", note="12 held back"), "trigger"),

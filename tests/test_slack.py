@@ -121,6 +121,7 @@ def test_a_name_is_text_and_nothing_else(name: str) -> None:
     found = message(notification(hostile(name), note="held back"))
     story = found["blocks"][2]["text"]["text"]
     assert "<!" not in story and "<@" not in story
+    no_markup_but_ours(message(notification(alert(conversation_id=name, deployment=name, nearest_roles=(name,) * 3))))
     if len(name) < 48 and name.isascii() and name.isprintable() and name.strip() == name and "`" not in name:
         escaped = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         assert f"Conversation `{escaped}` in" in story
