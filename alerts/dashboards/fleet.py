@@ -112,8 +112,8 @@ _stand: list[Panel] = [
 _alarms: list[Panel] = [
     lines(
         "Realised alarm rate beside its budget",
-        "Share of conversations that warned within the last day, and the share that healthy ones may. The budget is "
-        "dashed in nobody's favour: an uncertified one is a guess.",
+        "Share of conversations that warned within the last day, and the share that healthy ones may. A "
+        "budget that is not certified is a guess.",
         "percentunit",
         Query(
             f"sum by (deployment) (increase(anchorwatch_budget_units_warned_total{{{PICKED}}}[1d]))"

@@ -8,6 +8,12 @@ __all__ = ["DESCRIPTION", "ROWS"]
 
 DESCRIPTION = "Does the monitor see everything, in time, and do its messages arrive?"
 
+# Every process has every instrument without labels, at 0 where it is another's to set. So a panel asks those whose it
+# is: whoever has ever written, who tells people, who has checked.
+_BY_COLLECTORS = "and on (job, instance) anchorwatch_publisher_written_total > 0"
+_BY_DISPATCHER = "and on (job, instance) anchorwatch_dispatcher == 1"
+_BY_CHECKS = "and on (job, instance) anchorwatch_canary_checked_timestamp_seconds > 0"
+
 _SOME = (Limit(0.5, "red"),)
 
 
@@ -99,17 +105,17 @@ _workers: list[Panel] = [
         "Partitions by worker",
         "Their sum is the topic's number of partitions, or nobody reads some of them.",
         "short",
-        Query("anchorwatch_worker_partitions", "{{instance}}"),
+        Query("anchorwatch_worker_partitions > 0", "{{instance}}"),
         stacked=True,
     ),
     lines(
         "Waiting and paused",
-        "`waiting`: log or store do not answer a worker. `paused`: a partition is not read, since most of it is "
+        "`waiting`: log or store do not answer a worker. `paused`: partitions that are not read, since most of it is "
         "poison. `stands still`: seconds since a worker's loop last came round.",
         "short",
         Query("max(anchorwatch_worker_waiting)", "waiting"),
-        Query("max by (partition) (anchorwatch_worker_paused)", "paused {{partition}}"),
-        Query("time() - anchorwatch_worker_loop_timestamp_seconds", "stands still {{instance}}"),
+        Query("sum(anchorwatch_worker_paused) or vector(0)", "paused"),
+        Query("time() - (anchorwatch_worker_loop_timestamp_seconds > 0)", "stands still {{instance}}"),
     ),
     lines(
         "Dead letters by reason",
@@ -158,8 +164,8 @@ _deliveries: list[Panel] = [
         "the file of rules is what is in force, 0 while it is wrong and the one before stays.",
         "short",
         Query("sum(anchorwatch_dispatcher)", "tells people"),
-        Query("time() - max(anchorwatch_dispatcher_loop_timestamp_seconds)", "stands still"),
-        Query("min(anchorwatch_alerts_config_last_reload_successful)", "rules in force"),
+        Query("time() - max(anchorwatch_dispatcher_loop_timestamp_seconds > 0)", "stands still"),
+        Query(f"min(anchorwatch_alerts_config_last_reload_successful {_BY_DISPATCHER})", "rules in force"),
     ),
 ]
 
@@ -168,9 +174,9 @@ _collectors: list[Panel] = [
         "Projections written",
         "What collectors have brought into the log a second: from their queue, and later from their spool.",
         "cps",
-        Query("sum by (instance) (rate(anchorwatch_publisher_written_total[$__rate_interval]))", "{{instance}}"),
+        Query(f"rate(anchorwatch_publisher_written_total[$__rate_interval]) {_BY_COLLECTORS}", "{{instance}}"),
         Query(
-            "sum by (instance) (rate(anchorwatch_publisher_resent_total[$__rate_interval]))",
+            f"rate(anchorwatch_publisher_resent_total[$__rate_interval]) {_BY_COLLECTORS}",
             "{{instance}} from the spool",
         ),
     ),
@@ -186,14 +192,14 @@ _collectors: list[Panel] = [
         "Queue and spool",
         "Projections that wait in collectors, in memory and on disk.",
         "short",
-        Query("sum by (instance) (anchorwatch_publisher_queue_depth)", "{{instance}} queue"),
-        Query("sum by (instance) (anchorwatch_publisher_spool_records)", "{{instance}} spool"),
+        Query(f"anchorwatch_publisher_queue_depth {_BY_COLLECTORS}", "{{instance}} queue"),
+        Query(f"anchorwatch_publisher_spool_records {_BY_COLLECTORS}", "{{instance}} spool"),
     ),
     lines(
         "Taps that have switched themselves off",
         "Exceptions inside the tap: the model goes on, unwatched.",
         "short",
-        Query("sum by (instance) (anchorwatch_tap_errors_total)", "{{instance}}"),
+        Query(f"anchorwatch_tap_errors_total {_BY_COLLECTORS}", "{{instance}}"),
     ),
     lines(
         "HTTP requests by answer",
@@ -224,7 +230,7 @@ _instrument: list[Panel] = [
         "Age of the baseline",
         "Time since the oldest calibration in force was put into force.",
         "dtdurations",
-        Query("time() - min(anchorwatch_calibration_activated_timestamp_seconds)"),
+        Query("time() - min(anchorwatch_calibration_activated_timestamp_seconds > 0)"),
         span=6,
     ),
     number(
@@ -238,7 +244,7 @@ _instrument: list[Panel] = [
         "Largest shift of a canary",
         "At that check, in standard deviations of the default Assistant's projections.",
         "none",
-        Query("max(anchorwatch_canary_shift)"),
+        Query(f"max(anchorwatch_canary_shift {_BY_CHECKS})"),
         span=6,
     ),
 ]

@@ -49,7 +49,7 @@ _glance: list[Panel] = [
         "In shadow, which is how an installation begins, alerts are made and shown and nobody is told. "
         "`anchorwatch alerts enable` ends it.",
         "none",
-        Query("max(anchorwatch_alerts_live)"),
+        Query("max(anchorwatch_alerts_live and on (job, instance) anchorwatch_dispatcher == 1)"),
         words={"0": "shadow", "1": "live"},
     ),
 ]
@@ -59,7 +59,7 @@ _riskiest: list[Panel] = [
         "The riskiest conversations",
         "Twenty at most, of the last half hour. Risk is the largest statistic over its warning boundary: from 1 on it "
         "warns. A click on one opens it in the page named at the top.",
-        Query(f"max by (conversation_id, deployment) (anchorwatch_session_risk{{{PICKED}}})"),
+        Query(f"topk(20, max by (conversation_id, deployment) (anchorwatch_session_risk{{{PICKED}}}))"),
         columns={"conversation_id": "Conversation", "deployment": "Deployment"},
         value="Risk",
         unit="none",
@@ -71,7 +71,7 @@ _riskiest: list[Panel] = [
         "The same conversations, while they are among the twenty.",
         "none",
         Query(
-            f"max by (conversation_id, deployment) (anchorwatch_session_risk{{{PICKED}}})",
+            f"topk(20, max by (conversation_id, deployment) (anchorwatch_session_risk{{{PICKED}}}))",
             "{{conversation_id}} ({{deployment}})",
         ),
         limits=(Limit(1, "red"),),
