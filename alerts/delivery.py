@@ -79,6 +79,10 @@ class Delivery:
         self._not_before = float("-inf")
         self._firing: Callable[[], Sequence[Alert]] = tuple
         self._refresh_at = ticks() if channel.refresh is not None else float("inf")
+        for result in ("taken", "unavailable", "refused"):  # from 0, so that the first one is an increase
+            telemetry.DELIVERIES.labels(channel.name, result)
+        for cause in ("cap", "inhibited", "quiet_hours", "refused", "shadow", "silenced"):
+            telemetry.HELD_BACK.labels(channel.name, cause)
 
     def send(self, notification: Notification) -> None:
         """Put it into the queue. Returns at once."""

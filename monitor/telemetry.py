@@ -34,7 +34,6 @@ __all__ = [
     "CANARY_CHECKED",
     "CANARY_SHIFT",
     "CANARY_STATE",
-    "CHANNEL_FAILURES",
     "COMMITS",
     "COMMIT_SECONDS",
     "DEAD_LETTER_RECORDS",
@@ -76,7 +75,6 @@ __all__ = [
     "RISKIEST",
     "TAP_ERRORS",
     "TOKENS",
-    "TOLD",
     "WORKER_LOOP",
     "WORKER_PARTITIONS",
     "WORKER_PAUSED",
@@ -205,16 +203,7 @@ LISTENER_ERRORS = Counter(
 )
 
 # The dispatcher.
-TOLD = Counter(
-    "anchorwatch_told_total", "Findings that a channel has taken, by severity", ["severity"], registry=REGISTRY
-)
 KEPT = Counter("anchorwatch_kept_total", "Findings that nobody is told of, by reason", ["reason"], registry=REGISTRY)
-CHANNEL_FAILURES = Counter(
-    "anchorwatch_channel_failures_total",
-    "Deliveries that failed: unavailable ones are tried again, refused findings are given up",
-    ["result"],
-    registry=REGISTRY,
-)
 OUTBOX_PENDING = Gauge(
     "anchorwatch_outbox_pending", "Findings that nobody has decided on yet, or that wait", registry=REGISTRY
 )
@@ -379,6 +368,7 @@ for _instrument, _values in (
 ):
     for _value in _values:
         _instrument.labels(_value)
+del _instrument, _value, _values
 
 
 def serve_metrics(port: int | None) -> None:
