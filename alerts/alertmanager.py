@@ -10,6 +10,7 @@ own `resolve_timeout` (five minutes, unless somebody has changed it), it is over
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -67,10 +68,10 @@ class AlertmanagerChannel:
         """All of them, though one be refused: Alertmanager takes the others of the same POST, too."""
         url = self._integration.url.rstrip("/") + PATH
         headers = {"Content-Type": "application/json", **self._authorization()}
-        every, refused = list(entries), None
-        for start in range(0, len(every), MOST_ALERTS):
+        rest, refused = iter(entries), None
+        while part := list(itertools.islice(rest, MOST_ALERTS)):
             try:
-                self._client.post(url, _encoder.encode(every[start : start + MOST_ALERTS]), headers)
+                self._client.post(url, _encoder.encode(part), headers)
             except ChannelUnavailable:
                 raise
             except ChannelError as error:
