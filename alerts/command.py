@@ -72,11 +72,10 @@ def check(
             say(text)
         for receiver in config.receivers:
             say(f"receiver {receiver.name}: {_integrations(config, receiver.name)}")
-    if not as_json:
+    if not (as_json or match):
         for line, says in advice:
             say(f"note: line {line}: {says}", stderr)
-        if not match:
-            say("The rules are right.", stderr)
+        say("The rules are right.", stderr)
     if wanted is not None and sorted(wanted) != sorted(reached):
         say(f"It reaches {', '.join(reached)}, and not {', '.join(wanted)}.", stderr)
         raise typer.Exit(1)

@@ -73,6 +73,13 @@ def folded(house: Installation) -> None:
     house.work()
 
 
+def rules(house: Installation) -> None:
+    (house.folder / "alerts.yaml").write_text(
+        "route: {receiver: ops, routes: [{matchers: [severity=critical], receiver: pager}]}\n"
+        "receivers: [{name: ops}, {name: pager, log_configs: [{path: told.jsonl}]}]\n"
+    )
+
+
 def nothing(house: Installation) -> None:
     pass
 
@@ -84,6 +91,7 @@ PREPARED: dict[str, Callable[[Installation], None]] = {
     "requeue": requeue,
     "wiped": wiped,
     "rebuilt": rebuilt,
+    "status": rules,
     "silence": nothing,
     "seen": nothing,
     "calibration": calibration,
