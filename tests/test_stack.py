@@ -34,7 +34,9 @@ from monitor.events import Projection, encode, now_utc
 from monitor.store import Backend, open_store
 
 SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE_FILE.read_text())["services"]
-STAYING = ("redis", "worker", "dispatcher", "api", "prometheus")
+STAYING = ("redis", "alertmanager", "worker", "dispatcher", "api", "prometheus")
+# What the images of others begin with, by the names that Debian gives these programs.
+ENTRYPOINTS = {"prometheus": ["prometheus"], "alertmanager": ["prometheus-alertmanager"]}
 START_SECONDS = 60.0
 DRAIN_SECONDS = 10.0
 METRICS = "9464"
@@ -80,8 +82,7 @@ class Process:
 
     def command(self, *more: str) -> list[str]:
         entrypoint = stage(self.service["build"]["target"])["ENTRYPOINT"] if "build" in self.service else []
-        if self.name == "prometheus":
-            entrypoint = ["prometheus"]  # as its image has it
+        entrypoint = ENTRYPOINTS.get(self.name, entrypoint)
         return [self.local(str(word)) for word in (*entrypoint, *self.service["command"], *more)]
 
     def start(self, *more: str) -> Process:
@@ -142,6 +143,7 @@ class Stack:
         self.folder = folder
         self.kafka = servers.tansu(folder / "kafka")
         self.redis_port, self.api_port, self.prometheus_port = (servers.free_port() for _ in range(3))
+        self.alertmanager_port = servers.free_port()
         secrets = folder / "secrets"
         secrets.mkdir()
         self.password = "0123456789abcdef" * 4
@@ -156,7 +158,14 @@ class Stack:
             "--dir /data": f"--dir {folder / 'redis-0'}",
             "/etc/prometheus/prometheus.yml": str(folder / "prometheus.yml"),
             "path=/prometheus": f"path={folder / 'prometheus-0' / 'data'}",
+            "alertmanager:9093": f"127.0.0.1:{self.alertmanager_port}",
+            "9093": str(self.alertmanager_port),
+            "/etc/alertmanager": str(ROOT / "deploy" / "alertmanager"),
+            "path=/alertmanager": f"path={folder / 'alertmanager-0' / 'data'}",
+            "/etc/anchorwatch/alerts.yaml": str(folder / "alerts.yaml"),
         }
+        rules = (ROOT / "deploy" / "alerts" / "alerts.yaml").read_text()
+        (folder / "alerts.yaml").write_text(rules.replace("alertmanager:9093", self.places["alertmanager:9093"]))
         self.processes: list[Process] = []
         self.key = ""
 
@@ -179,6 +188,9 @@ class Stack:
         told = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
         told["global"]["scrape_interval"] = "1s"
         told["global"]["scrape_timeout"] = "1s"
+        told["rule_files"] = [str(ROOT / "deploy" / "prometheus" / file) for file in told["rule_files"]]
+        for one in told["alerting"]["alertmanagers"]:
+            one["static_configs"] = [{"targets": [self.places["alertmanager:9093"]]}]
         for job in told["scrape_configs"]:
             targets = [target for static in job.get("static_configs", []) for target in static["targets"]]
             targets += [f"{dns['names'][0]}:{dns['port']}" for dns in job.pop("dns_sd_configs", [])]
@@ -208,13 +220,13 @@ def eventually(done: Callable[[], object], what: str, seconds: float = START_SEC
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Everything started in the order in which compose would start it."""
-    for program in ("redis-server", "prometheus"):
+    for program in ("redis-server", "prometheus", "prometheus-alertmanager"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed; Debian and Ubuntu: apt-get install {program}")
     made = Stack(tmp_path_factory.mktemp("stack"))
     try:
         made.kafka.start()
-        for name in ("redis", "topics", "worker", "dispatcher", "api", "prometheus"):
+        for name in ("redis", "topics", "alertmanager", "worker", "dispatcher", "api", "prometheus"):
             if name == "prometheus":
                 made.scrape()
             for process in made.add(name):
@@ -226,6 +238,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
                 else:
                     eventually(lambda process=process: process.healthy() or not process.running(), f"{process.said()}")
                     assert process.running(), process.said()
+                if name == "dispatcher":
+                    process.run("alerts", "enable", "--by", "stack", "--conversations-per-day", "1000", "--yes")
         yield made
     finally:
         made.close()
@@ -240,9 +254,8 @@ def test_each_service_is_healthy_by_its_own_check(stack: Stack, name: str) -> No
 @pytest.mark.parametrize("name", STAYING)
 def test_the_health_check_finds_a_service_that_is_gone(stack: Stack, name: str) -> None:
     gone = Process(stack, name, number=9)
-    gone.moved = {
-        str(port): str(servers.free_port()) for port in (stack.redis_port, stack.api_port, stack.prometheus_port)
-    }
+    ports = (stack.redis_port, stack.api_port, stack.prometheus_port, stack.alertmanager_port)
+    gone.moved = {str(port): str(servers.free_port()) for port in ports}
     assert not gone.healthy()
 
 
@@ -289,15 +302,34 @@ def test_what_comes_by_http_is_judged_and_told(stack: Stack) -> None:
         )
         sessions = {one.conversation_id: one for one in store.sessions(100)}
         assert sessions.keys() == {one.conversation_id for one in events}
-        found = {one.id for one in store.findings(100)}
+        drifting = {one.episode_id for one in sessions.values()} - {None}
     finally:
         store.close()
-    assert found, "none of these conversations drifts: choose others"
+    assert drifting, "none of these conversations drifts: choose others"
     (dispatcher,) = stack.of("dispatcher")
     eventually(
-        lambda: {json.loads(line)["id"] for line in dispatcher.out.read_bytes().splitlines()} >= found,
+        lambda: {alert["id"] for one in lines(dispatcher.out) for alert in one["alerts"]} >= drifting,
         dispatcher.said(),
     )
+
+
+def test_alertmanager_shows_what_people_are_told_of(stack: Stack) -> None:
+    """After the test before: the same alerts, by Alertmanager's own API."""
+    (dispatcher,) = stack.of("dispatcher")
+    told = {alert["id"] for one in lines(dispatcher.out) for alert in one["alerts"] if alert["ends_at"] is None}
+    assert told
+
+    def shown() -> set[str]:
+        url = f"http://127.0.0.1:{stack.alertmanager_port}/api/v2/alerts"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return {one["labels"].get("episode_id", "") for one in json.load(answer)}
+
+    eventually(lambda: told <= shown(), f"Alertmanager shows what was told\n{dispatcher.said()}")
+
+
+def lines(out: Path) -> list[Any]:
+    """What a process has written to standard output, whole lines of JSON."""
+    return [json.loads(line) for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def recorded_talks() -> list[Projection]:
