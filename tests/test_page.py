@@ -390,8 +390,8 @@ def test_live_alerts_say_who_was_told(house: Desk, tmp_path: Path) -> None:
         assert "no alert yet" in client.get("/").text
         episode = desk.session("falls").episode_id or ""
         for changes, says in (
-            ({}, "nobody is told yet"),
-            ({"told": {"ops/slack[0]": "critical"}}, "told 1 receiver, nobody has it"),
+            ({}, "unseen, nobody told yet"),
+            ({"told": {"ops/slack[0]": "critical"}}, "unseen</span>"),
             ({"acknowledged_by": "Bo\u202e"}, r"seen by Bo\u{202e}"),
             ({"ends_at": "2026-01-01T00:05:00Z", "resolution": "ended"}, "over: it fell silent"),
         ):

@@ -276,7 +276,7 @@ def _templates() -> jinja2.Environment:
         address=address,
         number=lambda value: "–" if value is None else f"{value:.2f}".replace("-", "−"),
     )
-    made.globals.update(KINDS=KINDS, STATISTICS=STATISTICS)
+    made.globals.update(KINDS=KINDS, STATISTICS=STATISTICS, STATUSES=STATUSES)
     return made
 
 

@@ -63,7 +63,7 @@ RESOLUTIONS = {
 }
 # What the list can be narrowed to.
 STATUSES = {
-    "": "all",
+    "": "all sessions",
     "open": "drifting now",
     "critical": "critical now",
     "warning": "warning now",
@@ -220,8 +220,7 @@ def alert_says(session: Session, alert: Alert | None, seen_by: str, *, over: boo
         return ""  # the page says so once
     if alert is None:
         return "no alert yet"
-    told = sum(word != "resolved" for word in alert.told.values())
-    return f"told {told} receiver{'' if told == 1 else 's'}, nobody has it" if told else "nobody is told yet"
+    return "unseen" if alert.told else "unseen, nobody told yet"
 
 
 def story(session: Session, findings: Sequence[Finding], stands: Standing) -> str:
