@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from typing import Annotated
 
 import msgspec
 import typer
 
+from alerts.channel import Channel
 from alerts.channels import open_channel
-from alerts.config import AlertsConfig, AnyIntegration, load
+from alerts.config import AnyIntegration, load
 from alerts.section import near
 from monitor.alert import Alert, Notification, State
 from monitor.desk import AsJson, Rules, rules_file, say
@@ -26,6 +30,12 @@ def test(
         str | None, typer.Argument(help="A receiver, or one of its integrations: ops/webhook[0]. [default: all]")
     ] = None,
     config: Rules = None,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=240.0, help="How long it fires: longer than Alertmanager's group_wait, to see whom that tells."
+        ),
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Send a test alert and its end through the real channels, now, whatever the mode. Exits 1 if one is not taken."""
@@ -42,7 +52,21 @@ def test(
             f"there is nothing to send to at {receiver!r}{near(receiver or '', names)}",
             cure="give a receiver that has integrations, as `anchorwatch alerts check` prints them",
         )
-    results = {integration.name: _try(integration, rules) for integration in chosen}
+    results = {integration.name: "" for integration in chosen}
+    with ExitStack() as stack:
+        began: list[tuple[Channel, Notification]] = []
+        for integration in chosen:
+            first, end = _test_notifications(integration)
+            with _noting(results, integration.name):
+                channel = open_channel(integration, rules)
+                stack.callback(channel.close)
+                channel.deliver(first)
+                began.append((channel, end))
+        time.sleep(seconds if any(channel.send_resolved for channel, _ in began) else 0)
+        for channel, end in began:
+            if channel.send_resolved:
+                with _noting(results, channel.name):
+                    channel.deliver(end)
     if as_json:
         print(json.dumps({name: {"taken": not problem, "problem": problem} for name, problem in results.items()}))
     else:
@@ -52,21 +76,13 @@ def test(
         raise typer.Exit(1)
 
 
-def _try(integration: AnyIntegration, rules: AlertsConfig) -> str:
-    """What is wrong, or nothing."""
+@contextmanager
+def _noting(results: dict[str, str], name: str) -> Iterator[None]:
+    """What one does not take is noted, and the others are tried."""
     try:
-        channel = open_channel(integration, rules)
+        yield
     except (ChannelError, ConfigurationError) as error:
-        return str(error)
-    try:
-        for notification in _test_notifications(integration):
-            if notification.status == "firing" or integration.send_resolved:
-                channel.deliver(notification)
-    except ChannelError as error:
-        return str(error)
-    finally:
-        channel.close()
-    return ""
+        results[name] = str(error)
 
 
 def _test_notifications(integration: AnyIntegration) -> tuple[Notification, Notification]:

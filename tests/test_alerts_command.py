@@ -190,6 +190,12 @@ def test_a_test_goes_through_the_real_channels_and_ends_what_it_began(here: Here
     assert not read_actions(here.log), "nothing is left of it"
 
 
+def test_a_test_may_fire_for_a_while(here: Here) -> None:
+    assert here.run("test", "ops/webhook[0]", "--seconds", "0.5").exit_code == 0
+    first, end = here.receiver.received
+    assert end.at - first.at >= 0.5
+
+
 def test_one_that_fails_does_not_keep_the_others_from_being_tried(here: Here) -> None:
     here.receiver.answer = lambda request: Answer(401 if request.path == "/ops" else 200)
     done = here.run("test")
