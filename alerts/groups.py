@@ -25,6 +25,7 @@ from monitor.alert import Alert, Notification, State, state
 __all__ = ["Groups"]
 
 MOST_AT_ONCE = 200  # notifications that one look gives
+MOST_REMEMBERED = 1000  # alerts that a group's record names
 MINUTE = 60.0
 FIRST_REFUSED_SECONDS = 10.0
 LONGEST_REFUSED_SECONDS = 3600.0
@@ -79,7 +80,9 @@ class Groups:
         self._alerts = alerts
         self._held_back = held_back
         self._groups: dict[tuple[str, str], _Group] = {}
-        self._of_alert: dict[str, list[tuple[str, str]]] = {}
+        self._placed: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+        self._left: dict[str, list[tuple[str, str]]] = {}
+        self._told_before: dict[str, list[tuple[str, str]]] = {}
         self._remembered: dict[tuple[str, str], Notification] = {}
         self._heap: list[tuple[float, int, tuple[str, str]]] = []
         self._ticket = count()
@@ -100,22 +103,25 @@ class Groups:
         """Other rules from now on; what has been told stays told."""
         self._config = config
         self._receivers = {receiver.name: receiver for receiver in config.receivers}
+        self._integrations = {one.name: one for receiver in config.receivers for one in receiver.integrations}
         self._inhibition = Inhibition(config.inhibit_rules)
-        for group in self._groups.values():
-            if group.last is not None:
-                self._remembered[group.integration.name, group.key] = group.last
-        flying = {group.flying for group in self._groups.values()} - {""}
+        before = list(self._groups.items())
         self._groups.clear()
-        self._of_alert.clear()
+        self._placed.clear()
+        self._left.clear()
         self._held.clear()
         self._heap.clear()
+        for group in (group for _, group in before if group.last is not None):
+            assert group.last is not None
+            self._remember(group.last if group.flying == group.last.id else _record(group.last, group))
         for alert in self._alerts.values():
             self._inhibition.put(alert)
         for alert in self._alerts.values():
             self.put(alert)
-        for group in self._groups.values():
-            if group.last is not None and group.last.id in flying:
-                group.flying = group.last.id
+        for key, group in before:
+            if key in self._groups:
+                self._groups[key].flying = group.flying
+                self._groups[key].capped = group.capped
 
     def silence(self, silences: Iterable[Silence]) -> None:
         """These are in force until each ends."""
@@ -139,88 +145,125 @@ class Groups:
         """Take over what is written down, before the alerts are put in."""
         self._allowance.load(notification)
         if notification.reason != DIGEST:
-            self._remembered[notification.integration, notification.group] = notification
+            self._remember(notification)
             return
         self._digests[notification.group] = notification
         if not notification.sent:  # it goes out once more: what it tells of must not go out beside it
             self._digested |= {(notification.integration, id) for id in notification.covered}
 
+    def _remember(self, notification: Notification) -> None:
+        key = notification.integration, notification.group
+        self._remembered[key] = notification
+        if notification.sent:
+            for id, word in notification.covered.items():
+                if word != "resolved":
+                    self._told_before.setdefault(id, []).append(key)
+
     def put(self, alert: Alert) -> None:
         """An alert is new, or has changed."""
         if self._inhibition.put(alert):
             self._look_again()
-        before = self._of_alert.get(alert.id, [])
-        now: list[tuple[str, str]] = []
+        severity, now = self._placed.get(alert.id, ("", []))
+        if severity != alert.severity:  # of its labels, no other ever changes
+            before, now = now, self._place(alert)
+            self._placed[alert.id] = alert.severity, now
+            self._left[alert.id] = [
+                key
+                for key in dict.fromkeys([*before, *self._left.get(alert.id, ()), *self._told_by(alert)])
+                if key not in now
+            ]
+        for key in now:
+            group = self._groups[key]
+            if group.capped is not None and alert.firing:
+                group.capped.add(alert.id)
+            self._wake(key, self._ready(group, alert.changed))
+        if left := self._left.get(alert.id):
+            self._left[alert.id] = [key for key in left if self._leave(key, alert)]
+
+    def _place(self, alert: Alert) -> list[tuple[str, str]]:
+        """Make it a member of its groups."""
+        found: list[tuple[str, str]] = []
         for place in places(self._config.route, alert):
-            receiver = self._receivers[place.route.receiver]
-            for integration in receiver.integrations:
+            for integration in self._receivers[place.route.receiver].integrations:
                 key = integration.name, place.group
-                now.append(key)
                 group = self._groups.get(key)
                 if group is None:
-                    group = self._groups[key] = _Group(
-                        integration, receiver, place.route, place.group, dict(place.labels), set(), set(), {}
-                    )
-                    self._recall(key, group)
-                if alert.id not in group.members:
-                    group.members.add(alert.id)
-                    group.left.discard(alert.id)
-                    word = alert.told.get(integration.name)
-                    if word is None and (integration.name, alert.id) in self._digested:
-                        word = state(alert)
-                    if word is not None and alert.id not in group.told:
-                        _tell(group, alert.id, word)
-                if group.capped is not None and alert.firing:
-                    group.capped.add(alert.id)
-                self._wake(key, self._ready(group, alert.changed))
-        for key in before:
-            if key not in now:
-                self._leave(key, alert)
-        self._of_alert[alert.id] = [*now, *(key for key in before if key not in now and key in self._groups)]
+                    group = self._make(key, integration, place.route, dict(place.labels))
+                found.append(key)
+                if alert.id in group.members:
+                    continue
+                group.members.add(alert.id)
+                group.left.discard(alert.id)
+                word = alert.told.get(integration.name)
+                if word is None and (integration.name, alert.id) in self._digested:
+                    word = state(alert)
+                if word is not None and alert.id not in group.told:
+                    _tell(group, alert.id, word)
+                    if group.last is None:  # it was told in another group, or by other rules
+                        group.last_at = max(group.last_at, alert.changed)
+        return found
 
-    def _recall(self, key: tuple[str, str], group: _Group) -> None:
-        last = self._remembered.pop(key, None)
-        if last is None:
-            return
-        group.last, group.last_at = last, seconds(last.time)
-        if not last.sent:
-            group.flying = last.id
-        for id, word in last.covered.items():
-            alert = self._alerts.get(id)
-            if alert is not None and word != "resolved" and last.sent:
-                _tell(group, id, word)
-                group.left.add(id)
-                self._of_alert.setdefault(id, []).append(key)
+    def _make(self, key: tuple[str, str], integration: AnyIntegration, route: Route, labels: dict[str, str]) -> _Group:
+        receiver = self._receivers[integration.receiver]
+        group = _Group(integration, receiver, route, key[1], labels, set(), set(), {})
+        self._groups[key] = group
+        if (last := self._remembered.pop(key, None)) is not None:
+            group.last, group.last_at = last, seconds(last.time)
+            group.flying = "" if last.sent else last.id
+        return group
 
-    def _leave(self, key: tuple[str, str], alert: Alert) -> None:
-        group = self._groups[key]
+    def _told_by(self, alert: Alert) -> list[tuple[str, str]]:
+        """Groups that have told of it before this dispatcher began, or by other rules, and have still to tell its
+        end."""
+        found = []
+        for key in self._told_before.pop(alert.id, ()):
+            integration = self._integrations.get(key[0])
+            last = self._remembered.get(key) or (self._groups[key].last if key in self._groups else None)
+            if integration is None or last is None:
+                continue
+            group = self._groups.get(key) or self._make(key, integration, self._config.route, dict(last.labels))
+            if alert.id not in group.members:
+                _tell(group, alert.id, last.covered[alert.id])
+                found.append(key)
+        return found
+
+    def _leave(self, key: tuple[str, str], alert: Alert) -> bool:
+        """It belongs to other groups now; says whether this one is still to tell its end."""
+        group = self._groups.get(key)
+        if group is None:
+            return False
         group.members.discard(alert.id)
-        if group.told.get(alert.id) in (None, "resolved"):
-            group.left.discard(alert.id)
-            _tell(group, alert.id, None)
-            if not group.members and not group.left and not group.flying:
-                self._remove(key, group)
-        else:
+        if group.told.get(alert.id) not in (None, "resolved"):
             group.left.add(alert.id)
             if not alert.firing:
                 self._wake(key, self._ready(group, alert.changed))
+            return True
+        group.left.discard(alert.id)
+        _tell(group, alert.id, None)
+        self._drop_if_empty(key, group)
+        return False
 
     def drop(self, alert: Alert) -> None:
         """Forget one."""
         self._inhibition.drop(alert)
-        for key in self._of_alert.pop(alert.id, []):
-            group = self._groups.get(key)
-            if group is None:
-                continue
+        for key in self._keys(alert.id):
+            group = self._groups[key]
             group.members.discard(alert.id)
             group.left.discard(alert.id)
             _tell(group, alert.id, None)
-            if not group.members and not group.left and not group.flying:
-                self._remove(key, group)
+            self._drop_if_empty(key, group)
+        self._placed.pop(alert.id, None)
+        self._left.pop(alert.id, None)
+        for integration in self._integrations:
+            self._aside.pop((integration, alert.id), None)
+
+    def _keys(self, id: str) -> list[tuple[str, str]]:
+        _, placed = self._placed.get(id, ("", []))
+        return [key for key in (*placed, *self._left.get(id, ())) if key in self._groups]
 
     def owes(self, alert: Alert) -> bool:
         """Whether somebody who has been told of it is still to be told of its end."""
-        groups = [self._groups[key] for key in self._of_alert.get(alert.id, []) if key in self._groups]
+        groups = [self._groups[key] for key in self._keys(alert.id)]
         return any(
             group.integration.send_resolved and group.told.get(alert.id) not in (None, "resolved") for group in groups
         )
@@ -239,9 +282,9 @@ class Groups:
     def acknowledge(self, alert: Alert) -> list[str]:
         """Somebody has seen it, so it counts as told as it is; says to which integrations it newly does."""
         newly = []
-        for key in self._of_alert.get(alert.id, []):
-            group = self._groups.get(key)
-            if group is None or not alert.firing:
+        for key in self._keys(alert.id) if alert.firing else ():
+            group = self._groups[key]
+            if alert.id in group.left:
                 continue
             if group.told.get(alert.id) in (None, "resolved"):
                 _tell(group, alert.id, state(alert))
@@ -286,7 +329,7 @@ class Groups:
         """When a change may be told of: after `group_wait`, or `group_interval` after the last notification."""
         if group.more or isinstance(group.integration, AlertmanagerConfig):
             return group.again
-        if group.firing:
+        if group.firing and group.last is not None:
             return max(group.last_at + group.route.group_interval, group.again)
         return max(changed + group.route.group_wait, group.again)
 
@@ -309,16 +352,18 @@ class Groups:
             seen=group.seen,
             send_resolved=group.integration.send_resolved,
         )
+        capped = False
         if update is None or update.reason in COUNTED:
-            deployments = {alert.deployment for alert in (*update.news, *update.others)} if update else set()
+            named = (*update.news, *update.others) if update else self._known(group.capped or ())
+            deployments = {alert.deployment for alert in named}
             capped = bool(self._allowance.exhausted(group.receiver, group.integration.name, deployments, now))
-        else:
-            capped = False
         if update is None:
             group.more = False
             if group.capped and self.live and not capped:
                 return self._digest(group.integration, now)
             self._hold(key, group, causes)
+            if group.capped:
+                self._held.add(key)
             self._wake(key, repeat_at if repeat_at > now else now + group.route.repeat_interval)
             return None
         if update.reason != "repeat":
@@ -334,7 +379,7 @@ class Groups:
             causes["quiet_hours"] = many
         elif capped:
             causes["cap"] = many
-            group.capped = (group.capped or set()) | {alert.id for alert in update.news}
+            group.capped = ((group.capped or set()) | {alert.id for alert in update.news}) or None
         elif group.capped is not None and update.reason in COUNTED:
             return self._digest(group.integration, now)
         else:
@@ -419,8 +464,9 @@ class Groups:
         for group in groups:
             update = needs_update(self._told_of(group, now, {}), group.told)
             firing += [alert for alert in (update.news if update else ()) if alert.firing]
-            held = [self._alerts[id] for id in sorted(group.capped or ()) if id in self._alerts]
-            over += [alert for alert in held if not alert.firing and alert.id not in group.told]
+            over += [
+                alert for alert in self._known(group.capped or ()) if not alert.firing and alert.id not in group.told
+            ]
         news = {alert.id: alert for alert in (*firing, *over)}
         if not news:
             for group in groups:
@@ -445,11 +491,14 @@ class Groups:
             group.flying = notification.id
         return notification
 
+    def _known(self, ids: Iterable[str]) -> list[Alert]:
+        return [self._alerts[id] for id in sorted(ids) if id in self._alerts]
+
     # What became of it?
 
     def sent(self, notification: Notification) -> Notification:
         """The integration has taken it; gives what is to be written down in its place."""
-        record = replace(notification, alerts=(), note="", sent=True)
+        record = replace(notification, alerts=(), note="", sent=True, covered={})
         for key, group in self._concerned(notification):
             for id, word in notification.covered.items():
                 if id in group.members or id in group.left:
@@ -461,8 +510,9 @@ class Groups:
                     group.capped.discard(id)
             if not group.capped:
                 group.capped = None
+            group.last_at = seconds(notification.time)
             if group.key == notification.group:
-                group.last, group.last_at = record, seconds(notification.time)
+                group.last = record = _record(notification, group)
             group.refused, group.most, group.again = 0, 0, -math.inf
             self._landed(key, group)
         if notification.group in self._digests:
@@ -490,9 +540,7 @@ class Groups:
 
     def _landed(self, key: tuple[str, str], group: _Group) -> None:
         group.flying = ""
-        if not group.members and not group.left:
-            self._remove(key, group)
-        else:
+        if not self._drop_if_empty(key, group):
             self._wake(key, -math.inf)
 
     def _concerned(self, notification: Notification) -> list[tuple[tuple[str, str], _Group]]:
@@ -502,11 +550,20 @@ class Groups:
             return [(key, group)] if group is not None and group.flying == notification.id else []
         return [(place, group) for place, group in self._groups.items() if group.flying == notification.id]
 
-    def _remove(self, key: tuple[str, str], group: _Group) -> None:
-        del self._groups[key]
+    def _drop_if_empty(self, key: tuple[str, str], group: _Group) -> bool:
+        if group.members or group.left or group.flying:
+            return False
+        self._groups.pop(key, None)
         self._held.discard(key)
         if group.last is not None:
             self.gone[key] = group.last_at
+        return True
+
+
+def _record(notification: Notification, group: _Group) -> Notification:
+    """What is written down of a notification that was taken: what its group has told, and no alerts."""
+    firing = [(id, word) for id, word in group.told.items() if word != "resolved"]
+    return replace(notification, alerts=(), note="", sent=True, covered=dict(firing[-MOST_REMEMBERED:]))
 
 
 def _tell(group: _Group, id: str, word: State | None) -> None:
