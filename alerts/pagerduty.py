@@ -66,7 +66,7 @@ def action(notification: Notification) -> Action:
     if notification.reason in ("digest", "capped", "test"):
         return "trigger"
     over = notification.reason == "all_resolved" or not notification.truncated
-    if over and notification.status == "resolved" and set(notification.covered.values()) <= {"resolved"}:
+    if over and notification.status == "resolved":
         return "resolve"
     firing = [alert for alert in notification.alerts if alert.firing]
     news = notification.reason in ("first", "new_alerts", "escalated")

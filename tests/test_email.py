@@ -24,7 +24,9 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, Session
 from hypothesis import given
+from msgspec.structs import replace
 from notices import HOSTILE, NAMES, RULES, alert, hostile, notification, over, texts
+from structlog.testing import capture_logs
 
 from alerts.channel import Channel
 from alerts.channels import open_channel
@@ -86,6 +88,14 @@ def test_a_repeat_is_the_same_bytes_and_a_group_is_one_thread() -> None:
     one, two = read(notification(alert())), read(notification(over(), id="n-0002", reason="all_resolved"))
     assert one["Message-ID"] == "<n-0001@example.com>" != two["Message-ID"]
     assert one["References"] == two["References"] == f"<{'9f' * 16}.group@example.com>"
+
+
+def test_an_address_of_the_operators_with_htmls_own_signs_is_one_link() -> None:
+    url = 'https://logs.example/?a="<b>"&id={conversation_id}'
+    data = mail(notification(alert()), replace(RULES, conversation_url=url), rules()).as_bytes()
+    message = email.message_from_bytes(data, policy=default)
+    assert isinstance(message, EmailMessage)
+    assert Tags(part(message, "html")).links[1] == url.format(conversation_id="c-17")
 
 
 class Tags(HTMLParser):
@@ -305,9 +315,11 @@ def test_a_refusal_passes_or_not_and_its_words_are_not_repeated(answer: str, ret
 def test_addresses_that_are_refused(refused: dict[str, str], raised: type[ChannelError] | None) -> None:
     box = Box()
     box.refuse = lambda address: refused.get(address.partition("@")[0])
-    with server(box) as port, contextlib.ExitStack() as stack:
+    with server(box) as port, capture_logs() as logs, contextlib.ExitStack() as stack:
         caught = stack.enter_context(pytest.raises(raised)) if raised else None
         opened(port).deliver(notification(alert()))
+    # Whoever is not told although others are is for the operator's log.
+    assert [(entry["addresses"], entry["code"]) for entry in logs] == ([] if raised else [(1, 550)])
     if raised and caught:
         assert type(caught.value) is raised and "example.com" not in str(caught.value)
     assert [one.rcpt_tos for one in box.taken] == ([["lead@example.com"]] if len(refused) == 1 else [])

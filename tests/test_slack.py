@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from notices import HOSTILE, NAMES, RULES, alert, hostile, notification, over, texts
 from receiver import Answer, Receiver
 from slack_sdk.models.blocks import Block, DividerBlock, HeaderBlock, SectionBlock
@@ -136,6 +137,13 @@ def test_no_name_becomes_markup(name: str, firing: bool) -> None:
     no_markup_but_ours(found)
     hosts = {url.split("/")[2] for text in texts_of(found) for url, _ in LINK.findall(text)}
     assert hosts <= {"watch.example", "logs.example", "docs.example"}
+
+
+def test_an_address_of_the_operators_with_slacks_own_signs_is_one_link() -> None:
+    rules = replace(RULES, conversation_url="https://logs.example/?a=<b>|c&id={conversation_id}")
+    text = json.loads(body(notification(alert()), rules, 10))["blocks"][1]["text"]["text"]
+    found = {name: url for url, name in LINK.findall(text)}
+    assert found["Log viewer"] == "https://logs.example/?a=%3Cb%3E%7Cc&amp;id=c-17"
 
 
 # Delivery.
