@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import re
 import ssl
 import time
@@ -70,10 +71,7 @@ class Client:
         self._most_bytes = most_bytes
         self._now = now
         self._deadline = Deadline()
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=httpx.create_ssl_context(),
-            network_backend=Pinned(self._deadline, resolve or addresses, allow_private),
-        )
+        self._backend = Pinned(self._deadline, resolve or addresses, allow_private)
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str], *, secret_url: bool = False) -> Reply:
         """Hand over a body; returns where the receiver says that it has taken it (2xx).
@@ -106,8 +104,17 @@ class Client:
         raise self._refusal(shown, status, found, answer)
 
     def close(self) -> None:
-        """Nothing is left open between requests; but close what there may be."""
-        self._pool.close()
+        """Nothing is open between requests."""
+
+    @functools.cached_property
+    def _trust(self) -> ssl.SSLContext:
+        try:
+            return httpx.create_ssl_context()
+        except OSError:
+            raise ChannelUnavailable(
+                "the trusted certificates can't be read",
+                cure="see that SSL_CERT_FILE or SSL_CERT_DIR names some, as PEM",
+            ) from None
 
     def _exchange(
         self, target: Target, body: bytes, headers: Mapping[str, str]
@@ -122,13 +129,17 @@ class Client:
         url = httpcore.URL(
             scheme=target.scheme.encode(), host=target.host.encode(), port=target.port, target=target.path
         )
-        with self._pool.stream(
-            "POST",
-            url,
-            headers=[(name.encode("ascii", "replace"), _latin(value)) for name, value in sent.items()],
-            content=body,
-            extensions={"timeout": dict.fromkeys(("connect", "read", "write", "pool"), self._timeout)},
-        ) as response:
+        trust = self._trust if target.scheme == "https" else None
+        with (
+            httpcore.ConnectionPool(ssl_context=trust, network_backend=self._backend) as pool,
+            pool.stream(
+                "POST",
+                url,
+                headers=[(name.encode("ascii", "replace"), _latin(value)) for name, value in sent.items()],
+                content=body,
+                extensions={"timeout": dict.fromkeys(("connect", "read", "write", "pool"), self._timeout)},
+            ) as response,
+        ):
             found = {name.lower(): value for name, value in response.headers}
             return response.status, found, self._read(response)
 

@@ -297,6 +297,19 @@ def test_a_certificate_that_nobody_trusts_is_refused(secure: tuple[Receiver, lis
     assert "SSL_CERT_FILE" in caught.value.cure and not receiver.received
 
 
+@pytest.mark.parametrize("held", [None, b"", b"no certificate"])
+def test_certificates_that_cannot_be_read_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bytes | None
+) -> None:
+    path = tmp_path / "trusted.crt"
+    if held is not None:
+        path.write_bytes(held)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with pytest.raises(ChannelUnavailable, match="certificates") as caught:
+        Client(timeout=10, allow_private=True).post("https://127.0.0.1/", b"", {})
+    assert "SSL_CERT_FILE" in caught.value.cure
+
+
 def test_tls_with_who_speaks_none_is_told(client: Client, receiver: Receiver) -> None:
     with pytest.raises(ChannelUnavailable, match=r"TLS|reached"):
         client.post(receiver.url.replace("http:", "https:"), b"", {})
