@@ -61,9 +61,9 @@ def action(notification: Notification) -> Action:
     """What becomes of the group's incident.
 
     It is resolved once nothing in the group fires, shown or not; acknowledged where all that fires is, and nothing is
-    new. A digest and a test open one of their own, since somebody is to read them; whoever has, closes it.
+    new. A digest opens one of its own, since somebody is to read it; whoever has, closes it.
     """
-    if notification.reason in ("digest", "capped", "test"):
+    if notification.reason == "digest" or not notification.alerts:
         return "trigger"
     over = notification.reason == "all_resolved" or not notification.truncated
     if over and notification.status == "resolved":

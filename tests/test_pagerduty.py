@@ -115,7 +115,10 @@ SEEN = {"acknowledged_by": "ana"}
         # Not all are shown: whether all that fire are acknowledged is not known here.
         (notification(alert(**SEEN), reason="repeat", truncated=1), "trigger"),
         (notification(reason="digest", note="12 held back"), "trigger"),
+        (notification(over(), reason="digest"), "trigger"),
         (notification(reason="test"), "trigger"),
+        (notification(alert(), reason="test"), "trigger"),
+        (notification(over(), reason="test"), "resolve"),
     ],
 )
 def test_what_becomes_of_the_incident(told: Notification, action: str) -> None:
