@@ -23,7 +23,10 @@ from monitor.stream.log import PROJECTIONS, Log
 
 if TYPE_CHECKING:
     from monitor.detect.baseline import DetectorConfig
+    from monitor.detect.conversation import Step
+    from monitor.events import Projection
     from monitor.housekeeping import Duty
+    from monitor.otlp import Evaluations
     from monitor.store import Backend
     from monitor.worker import Listener
 
@@ -79,6 +82,7 @@ def fold(settings: Settings, config: DetectorConfig, stop: threading.Event, on_s
     from monitor.housekeeping import Housekeeper
     from monitor.worker import Worker
 
+    scores = _scores(settings)
     log = connect.log(settings)
     store = connect.store(settings)
     subscription = connect.subscription(settings, log)
@@ -95,14 +99,41 @@ def fold(settings: Settings, config: DetectorConfig, stop: threading.Event, on_s
             batch_size=settings.batch_size,
             shown_sessions=settings.metrics_sessions,
             recorded=first_calibrations(log, config, by="anchorwatch worker"),
-            on_step=on_step,
+            on_step=_both(on_step, scores),
         ).run(stop)
     finally:
         stop.set()
+        if scores is not None:
+            scores.close()
         subscription.close()
         keeping.join()
         log.close()
         store.close()
+
+
+def _scores(settings: Settings) -> Evaluations | None:
+    """What sends each score over OTLP, where somebody wants them."""
+    if not settings.otlp_endpoint:
+        return None
+    from monitor.otlp import Evaluations, read_headers
+
+    return Evaluations(
+        settings.otlp_endpoint,
+        headers=read_headers(settings.otlp_headers_file) if settings.otlp_headers_file else None,
+        ca_file=settings.otlp_ca_file,
+        rate=settings.otlp_rate,
+    )
+
+
+def _both(first: Listener | None, second: Listener | None) -> Listener | None:
+    if first is None or second is None:
+        return first or second
+
+    def both(projection: Projection, step: Step) -> None:
+        second(projection, step)
+        first(projection, step)
+
+    return both
 
 
 def _advise(settings: Settings) -> None:

@@ -281,6 +281,25 @@ class Settings(BaseSettings):
         le=20,
         description="How many of the riskiest conversations each worker's metrics name; 0 names none.",
     )
+    otlp_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://[^\s/]+/\S+)?$",
+        description="Where OTLP/HTTP log records are taken, the whole address, such as http://localhost:4318/v1/logs: "
+        "workers send each response's score there. By default they send none.",
+    )
+    otlp_headers_file: Path | None = Field(
+        default=None, description="File with headers for it, such as its key: one `name: value` a line."
+    )
+    otlp_ca_file: Path | None = Field(
+        default=None, description="PEM file of the authority that signed its certificate. By default the usual ones."
+    )
+    otlp_rate: float = Field(
+        default=1_000.0,
+        gt=0,
+        le=100_000,
+        allow_inf_nan=False,
+        description="Scores a second that one worker sends at most; those that warn are sent beyond it.",
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = Field(
         default="info", description="Least severe log line to write: debug, info, warning, error or critical."
     )
