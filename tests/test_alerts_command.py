@@ -261,6 +261,8 @@ def test_there_is_no_figure_where_nobody_can_know_one(here: Here) -> None:
     (shop,) = found["deployments"]
     assert (shop["calibrated"], shop["budget"], shop["false_warnings"], shop["precision"]) == (True, None, None, None)
     assert all(one["alerts"] is None for one in found["receivers"])
+    broken = replace(CERTIFIED, boundaries=replace(CERTIFIED.boundaries, certification="uncertified"))
+    assert outlook(broken, {"shop": 1.0}, prevalence=0.0, detection=1.0)[0].budget is None
     activate_calibration(here.log, CERTIFIED, by="ann")
     done = here.run("enable", "--by", "ann", "--conversations-per-day", "100", "--yes")
     assert "share of drift that warns is not known" in done.stdout, "the bundle is of another axis"

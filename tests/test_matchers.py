@@ -74,24 +74,25 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_it_means_what_amtool_says_it_means(text: str, tmp_path: Path) -> None:
-    """The routing tree of a real Alertmanager's tool: an alert goes to `yes` where the matchers hold."""
+def test_they_mean_what_amtool_says_they_mean(tmp_path: Path) -> None:
+    """The routing tree of a real Alertmanager's tool: an alert goes to `r3` where the third matchers hold."""
     file = tmp_path / "alertmanager.yml"
-    file.write_text(
-        "route: {receiver: 'no', routes: [{receiver: 'yes', matchers: [" + quoted(text) + "]}]}\n"
-        "receivers: [{name: 'yes'}, {name: 'no'}]\n",
-        encoding="utf-8",
+    routes = "".join(
+        f"    - {{receiver: r{number}, continue: true, matchers: [{quoted(text)}]}}\n"
+        for number, text in enumerate(TEXTS)
     )
-    matchers = parse_matchers(text)
-    asked = [one for one in LABELS if "\n" not in one.get("a", "")]  # its command line takes no newline
-    for labels in asked:
+    receivers = "".join(f"  - name: r{number}\n" for number in range(len(TEXTS)))
+    file.write_text(f"route:\n  receiver: 'none'\n  routes:\n{routes}receivers:\n  - name: 'none'\n{receivers}")
+    for labels in LABELS:
+        if "\n" in labels.get("a", ""):
+            continue  # its command line takes none
         words = [f"{name}={msgspec.json.encode(value).decode()}" for name, value in labels.items()]
         done = subprocess.run(
             [AMTOOL, "config", "routes", "test", "--config.file", file, *words], capture_output=True, text=True
         )
-        assert done.returncode == 0, (text, labels, done.stderr)
-        assert matches(matchers, labels) is (done.stdout.strip() == "yes"), (text, labels, done.stdout)
+        assert done.returncode == 0, (labels, done.stderr)
+        ours = [f"r{number}" for number, text in enumerate(TEXTS) if matches(parse_matchers(text), labels)]
+        assert ours == [name for name in done.stdout.strip().split(",") if name != "none"], labels
 
 
 def test_a_newline_is_one() -> None:
@@ -127,7 +128,7 @@ def test_a_newline_is_one() -> None:
         ('a=~"(?=b)"', "bad regular expression"),
         (r'a=~"(b)\\1"', "bad regular expression"),
         ('a=~"((b{1000}){1000}){1000}"', "bad regular expression"),
-        ('a=~"' + "(b{900}c){900}" * 3 + '"', "bad regular expression"),
+        (r'a=~"\pL{100}"', "too large"),
         ('a="' + "b" * 1001 + '"', "1001 characters"),
         ("a=" + "b" * 5000, "5002 characters"),
         (",".join(["a=b"] * 33), "33 matchers"),
