@@ -20,9 +20,10 @@ from monitor.events import Projection, Windows
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
+import receiver as receivers  # the tests' own HTTP receiver
 import servers  # the tests' own way to start brokers and Redis
 
-__all__ = ["Traffic", "servers"]
+__all__ = ["Traffic", "receivers", "servers"]
 
 # A response this far below its baseline opens an episode at once, and the next ones of that conversation add nothing.
 FAR_BELOW = 12.0

@@ -6,6 +6,7 @@ is at rest. What came of it is for `history` to say.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import signal
@@ -30,6 +31,13 @@ from monitor.stream.log import DEAD_LETTERS, PROJECTIONS
 
 TESTS = Path(__file__).parent.parent
 PATIENCE = 60.0
+WEBHOOK = """
+receivers:
+  - name: hook
+    webhook_configs:
+      - {{url: "{url}", secret_files: ["{secret}"], allow_private: true}}
+route: {{receiver: hook, group_by: ["..."], group_wait: 0s, group_interval: 1s}}
+"""
 
 
 class Process:
@@ -230,6 +238,14 @@ class Cluster:
     def dispatcher(self) -> Process:
         return self.add("dispatcher", "-m", "monitor", "dispatch", "--out", str(self.directory / "delivered.jsonl"))
 
+    def webhook(self, url: str) -> Process:
+        """A dispatcher that tells of every alert by itself, at once and by a signed webhook."""
+        secret, rules = self.directory / "secret", self.directory / "alerts.yaml"
+        secret.write_text(f"whsec_{base64.b64encode(bytes(32)).decode()}")
+        secret.chmod(0o600)
+        rules.write_text(WEBHOOK.format(url=url, secret=secret))
+        return self.add("dispatcher", "-m", "monitor", "dispatch", "--config", str(rules))
+
     def run(self, *arguments: str) -> str:
         """Run `anchorwatch ...` to its end; what it printed, both streams. AssertionError when it fails."""
         done = subprocess.run(
@@ -357,7 +373,8 @@ class Cluster:
         """The history checker over all of it; `believed` says whether what the journals claim is compared, too."""
         with self.opened() as (log, store):
             produced = self.produced() if believed else []
-            return examine(log, store, self.config, produced=produced, deliveries=self.deliveries(), **more)
+            deliveries = more.pop("deliveries", None) or self.deliveries()
+            return examine(log, store, self.config, produced=produced, deliveries=deliveries, **more)
 
 
 def _told(alert: Mapping[str, Any]) -> Told:

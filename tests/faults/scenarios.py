@@ -6,8 +6,10 @@ runs them small, `soak` runs them long.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +17,15 @@ from typing import Any, NamedTuple
 
 import servers
 from msgspec.structs import replace
+from receiver import Answer, Receiver
+from standardwebhooks import Webhook
 
+from alerts.dispatcher import LEASE
 from faults.cluster import Cluster, Process, installation, wait_for
 from faults.collector import AXIS, read_times
-from faults.history import Report
+from faults.history import Delivery, Report, Told
 from faults.kills import Victim, kill_rounds
+from monitor.actions import Paging, append_action
 from monitor.control import calibration_message
 from monitor.detect.baseline import Baseline, Boundaries, DetectorConfig, Readout
 from monitor.placement import partition_of
@@ -148,6 +154,59 @@ def kills(
         cluster.settle()
         report = cluster.examine(forgetful=broker == "noida").insist()
     return Outcome(f"kills/{broker or 'embedded'}", died.total(), report)
+
+
+def dispatcher_kills(directory: Path, seed: int, *, rounds: int = 20) -> Outcome:
+    """SIGKILL of the dispatcher, again and again, while a receiver writes down what it is sent, and is busy at times.
+
+    Every alert is delivered at least once, with a valid signature, and never under a second id.
+    """
+    chance = random.Random(seed)
+    hook = Receiver()
+    hook.answer = lambda request: Answer(503) if chance.random() < 0.1 else Answer(delay=chance.random() * 0.01)
+    try:
+        with installation(directory, CONFIG, broker=None, redis=False, **QUICK) as cluster:
+            cluster.worker().start()
+            collector = cluster.collector("bow", seed=seed, conversations=40, turns=100_000).start()
+            with cluster.opened() as (log, _):
+                append_action(log, "paging", "mode", Paging("live"), by="faults")
+            dispatcher = cluster.webhook(hook.url).start()
+            cluster.until_folded(100)
+            victims: dict[str, Victim] = {"dispatcher": Successor(directory / "store.db", dispatcher)}
+            died = kill_rounds(victims, rounds, seed, longest_life=3.0, longest_death=0.1)
+            collector.stop(90.0)
+            cluster.settle()
+            signed = Webhook((directory / "secret").read_text())
+            deliveries = []
+            for one in hook.received:
+                signed.verify(one.body.decode(), one.headers)
+                told = tuple(_told(alert) for alert in one.json["alerts"])
+                deliveries.append(Delivery(one.headers["webhook-id"], one.body, told))
+            report = cluster.examine(deliveries=deliveries).insist()
+    finally:
+        hook.close()
+    return Outcome("dispatcher kills/embedded", died.total(), report)
+
+
+class Successor:
+    """A dispatcher whose lease is gone when it is started again, so that it need not wait until the lease ends."""
+
+    def __init__(self, store: Path, dispatcher: Process) -> None:
+        self._store = store
+        self._dispatcher = dispatcher
+
+    def kill(self) -> None:
+        self._dispatcher.kill()
+
+    def start(self) -> None:
+        with contextlib.closing(sqlite3.connect(self._store, timeout=30.0)) as connection, connection:
+            connection.execute("DELETE FROM leases WHERE name = ?", (LEASE,))
+        self._dispatcher.start()
+
+
+def _told(alert: Mapping[str, Any]) -> Told:
+    over = alert["status"] == "resolved"
+    return Told(alert["labels"]["episode_id"], "resolved" if over else alert["labels"]["severity"])
 
 
 def zombie(

@@ -26,6 +26,7 @@ LONG: dict[str, Scenario] = {
     "kills-tansu": lambda d, s: scenarios.kills(d, s, rounds=20, broker="tansu"),
     "kills-noida": lambda d, s: scenarios.kills(d, s, rounds=12, broker="noida"),
     "kills-embedded": lambda d, s: scenarios.kills(d, s, rounds=20, broker=None, redis=False),
+    "dispatcher-kills": lambda d, s: scenarios.dispatcher_kills(d, s, rounds=20),
     "zombie-tansu": lambda d, s: scenarios.zombie(d, s, freezes=5),
     "zombie-embedded": lambda d, s: scenarios.zombie(d, s, freezes=5, broker=None, redis=False),
     "store-away": lambda d, s: scenarios.store_away(d, s, seconds=10.0),

@@ -21,6 +21,7 @@ SEED = int(os.environ.get("ANCHORWATCH_TEST_SEED") or random.SystemRandom().rand
 
 QUICK: dict[str, Callable[[Path, int], Outcome]] = {
     "kills-tansu": lambda d, s: scenarios.kills(d, s, rounds=4),
+    "dispatcher-kills-embedded": lambda d, s: scenarios.dispatcher_kills(d, s, rounds=4),
     "zombie-embedded": lambda d, s: scenarios.zombie(d, s, freezes=1, broker=None, redis=False),
     "store-away-tansu": lambda d, s: scenarios.store_away(d, s, seconds=1.5),
     "broker-away-noida": lambda d, s: scenarios.broker_away(d, s, seconds=3.0),
