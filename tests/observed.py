@@ -76,6 +76,7 @@ class Observed:
     def start(self) -> Observed:
         self._write_rules()
         self._command("from alerts.command import alerts_app; alerts_app()", "enable", *ENABLE)
+        self._command("", "calibration", "activate", "smollm2", "--by", "test")
         self._command("", "silence", "add", "--match", "kind=dip", "--for", "1h", "--by", "test")
         self._start("worker", "-m", "monitor", "worker")
         self._start("dispatcher", "-m", "monitor", "dispatch")

@@ -151,14 +151,14 @@ def generated(found: dict[Asked, list[dict[str, Any]]]) -> str:
 
 
 def _told(series: list[dict[str, Any]], most: int = 2) -> str:
-    """The first few series, those with a number first."""
-    inorder = sorted(series, key=lambda one: one["value"][1] == "NaN")
+    """The first few series, highest first, those without a number last."""
+    inorder = sorted(series, key=lambda one: (one["value"][1] == "NaN", -float(one["value"][1])))
     told = []
     for one in inorder[:most]:
         labels = ", ".join(
             value for name, value in sorted(one["metric"].items()) if name not in ("__name__", "job", "instance")
         )
-        number = f"{float(one['value'][1]):.4g}"
+        number = f"{float(one['value'][1]):.4g}".replace("nan", "NaN")
         told.append(f"{labels}: {number}" if labels else number)
     more = f"; {len(series) - most} more" if len(series) > most else ""
     return "; ".join(told) + more

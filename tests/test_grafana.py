@@ -24,6 +24,8 @@ from grafana import PROMETHEUS, TOKEN, DocumentedGrafana
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from hypothesis import given
+from hypothesis import strategies as st
 from receiver import Answer, Receiver
 from typer.testing import CliRunner
 
@@ -228,6 +230,33 @@ def test_panels_stand_beside_each_other(name: str) -> None:
         ):
             assert (x, y) not in taken, f"{panel['title']} lies on {taken[x, y]}"
             taken[x, y] = panel["title"]
+
+
+# What differs.
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_nothing_differs_from_itself(value: object) -> None:
+    assert list(differences(value, copy.deepcopy(value))) == []
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), VALUES)
+def test_what_theirs_has_beside_ours_is_no_difference(ours: dict[str, Any], more: object) -> None:
+    assert list(differences(ours, {**ours, "what only they have": more})) == []
+
+
+@given(st.dictionaries(st.sampled_from("abcde"), VALUES, min_size=1), st.data())
+def test_whatever_is_changed_is_told_where_it_is(ours: dict[str, Any], data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(sorted(ours)))
+    other = data.draw(VALUES.filter(lambda value: type(value) is not type(ours[key]) and value != ours[key]))
+    (line,) = differences(ours, {**ours, key: other})
+    assert line.startswith(f"{key}: ") and line.isprintable()
 
 
 # The push.

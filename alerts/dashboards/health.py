@@ -215,6 +215,14 @@ _collectors: list[Panel] = [
         Query("sum by (result) (rate(anchorwatch_http_projections_total[$__rate_interval]))", "{{result}}"),
         Query("sum(anchorwatch_http_queue_bytes)", "bytes under way"),
     ),
+    lines(
+        "Responses told over OTLP",
+        "Responses a second, by what became of their events. All are 0 where no receiver is set. What is dropped or "
+        "fails is missing over there only: here it is judged all the same.",
+        "cps",
+        Query("sum by (result) (rate(anchorwatch_otlp_events_total[$__rate_interval]))", "{{result}}"),
+        stacked=True,
+    ),
 ]
 
 _instrument: list[Panel] = [
