@@ -463,7 +463,8 @@ def test_deployments_have_their_baseline_and_what_is_learning_says_so(api: Inter
             "deployments": ["shop"],
         }
     ]
-    shop = told["deployments"][0]
+    pirates, shop = told["deployments"]
+    assert (pirates["deployment"], pirates["learning"], pirates["baseline"]) == ("pirates", True, None)
     assert shop["deployment"] == "shop" and not shop["learning"] and not shop["own_boundaries"]
     assert shop["baseline"]["conversations"] == 100 and shop["boundaries"]["certification"] == "uncertified"
     assert shop["config_id"] == CONFIG.config_id and shop["last_hour"] is None and told["closed_through"] is None
@@ -479,7 +480,7 @@ def test_a_deployment_ages(tmp_path: Path) -> None:
         FleetReader(api.log, api.store, lateness_seconds=0.0).run_once()
         with api.client() as client:
             told = client.get("/v1/deployments").json()
-    assert [one["deployment"] for one in told["deployments"]] == ["shop"]
+    assert [(one["deployment"], one["learning"]) for one in told["deployments"]] == [("pirates", True), ("shop", False)]
     shop = told["deployments"][-1]
     assert shop["last_week"]["responses"] == 10 and shop["last_week"]["mean_z"] == pytest.approx(-0.5)
     assert told["closed_through"] == "2026-01-01T00:04:00.000Z"

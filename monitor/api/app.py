@@ -191,6 +191,10 @@ def _described(app: FastAPI) -> dict[str, Any]:
                 operation = made["paths"][route.path_format][method.lower()]
                 if "application/json" in operation["responses"].get("422", {}).get("content", ()):
                     del operation["responses"]["422"]  # FastAPI's own guess: a segment of a path is always a text
+                # FastAPI leaves out what is null, also in examples, where it is a value like any other.
+                for status, response in route.responses.items():
+                    operation["responses"][str(status)] |= response
+                operation |= {name: one for name, one in (route.openapi_extra or {}).items() if name == "requestBody"}
                 for scope in scopes:
                     operation["description"] += f"\n\nNeeds a key with the scope `{scope}`."
                     operation["x-scope"] = scope

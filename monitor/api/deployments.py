@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Annotated, Protocol
 
 from fastapi import Depends, FastAPI, Response
@@ -20,13 +21,15 @@ from monitor.api.documents import answer
 from monitor.api.documents import problems as problems_of
 from monitor.detect.baseline import Baseline, Boundaries, DetectorConfig
 from monitor.fleet import DAY, HOUR, WEEK, Age, ages
-from monitor.store.store import ClosedMinutes, Progress
+from monitor.store.store import ClosedMinutes, Progress, Rank, Reader
 from monitor.stream.log import PROJECTIONS
 
 __all__ = ["DeploymentList", "DeploymentStore", "mount_deployments"]
 
+LOOKED_AT = 1_000
 
-class DeploymentStore(Protocol):
+
+class DeploymentStore(Reader, Protocol):
     """What is read of a store."""
 
     def progress(self, topic: str) -> list[Progress]:
@@ -119,16 +122,22 @@ def mount_deployments(app: FastAPI, store: DeploymentStore) -> None:
         responses=answer("All of them.", EXAMPLE) | problems_of(503),
     )
     def deployments(_: Annotated[Key, Depends(needs("read"))]) -> Response:
-        """Every deployment that has a baseline, or has had traffic in the last week. Budgets that are not `certified`
-        are a choice, or borrowed from other traffic."""
+        """Every deployment that has a baseline, or had judged traffic in the last week; and those that are learning,
+        as far as the first thousand sessions that nothing judged tell. Budgets that are not `certified` are a choice,
+        or borrowed from other traffic."""
         configs: dict[bytes, list[int]] = {}
         for one in store.progress(PROJECTIONS):
             if stored := store.config(PROJECTIONS, one.partition):
                 configs.setdefault(stored, []).append(one.partition)
-        return json_response(listed([(_config(data), where) for data, where in configs.items()], store.closed()))
+        unjudged = store.sessions(LOOKED_AT, after=Rank(None, ""))
+        learning = {session.deployment for session in unjudged if session.outcome == "learning"}
+        judges = [(_config(data), partitions) for data, partitions in configs.items()]
+        return json_response(listed(judges, store.closed(), learning))
 
 
-def listed(configs: list[tuple[DetectorConfig, list[int]]], closed: ClosedMinutes | None) -> DeploymentList:
+def listed(
+    configs: list[tuple[DetectorConfig, list[int]]], closed: ClosedMinutes | None, learning: Collection[str] = ()
+) -> DeploymentList:
     """The answer. Where two calibrations know a deployment, the one that judges more partitions is shown."""
     spans = {} if closed is None else {span: _by_name(ages(closed, span)) for span in (2 * HOUR, DAY, WEEK)}
     lately = spans.get(2 * HOUR, {}), spans.get(DAY, {}), spans.get(WEEK, {})
@@ -138,7 +147,7 @@ def listed(configs: list[tuple[DetectorConfig, list[int]]], closed: ClosedMinute
     return DeploymentList(
         deployments=[
             _view(name, judging.get(name), lately, closed.late.get(name, 0) if closed else 0)
-            for name in sorted({*judging, *lately[2]})
+            for name in sorted({*judging, *lately[2], *learning})
         ],
         calibrations=[
             CalibrationView(

@@ -26,7 +26,7 @@ from monitor.errors import ConfigurationError
 __all__ = ["is_loopback", "listen", "serve", "serving"]
 
 HEADER_SECONDS = 10.0
-UNREAD_SECONDS = 30.0
+UNREAD_SECONDS = 60.0
 IDLE_SECONDS = 30
 DRAIN_SECONDS = 8
 CONNECTIONS = 4_000
