@@ -239,7 +239,7 @@ class Settings(BaseSettings):
         default=5_000.0,
         gt=0,
         allow_inf_nan=False,
-        description="Projections a second that one key of the HTTP interface may send, over time.",
+        description="Requests and projections a second that one key of the HTTP interface may send, over time.",
     )
     api_max_items: int = Field(
         default=1_000, ge=1, le=10_000, description="How many projections one HTTP request may bring."
