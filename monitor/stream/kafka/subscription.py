@@ -127,6 +127,7 @@ class KafkaSubscription:
             with member.arrivals.lock, contextlib.suppress(*_GONE):
                 member.consumer.seek(here, offset)
                 member.consumer.resume(here)
+                _forget_highwater(member, here)
 
     def rest(self, partition: int) -> None:
         """See `Subscription.rest`. For a partition that is not ours nothing happens."""
@@ -265,24 +266,27 @@ class KafkaSubscription:
         elif now - self._missing_since > SHORT_SECONDS:
             raise no_topic(self._topic)
         for partition, position in self._positions.items():
-            end = _highwater(member, self._here(partition)) if position is not None else None
-            if position is None or end is None or end >= position:
+            end = None if position is None else _highwater(member, self._here(partition))
+            if position is None or (end is not None and end >= position):
                 self._short_since.pop(partition, None)
-            elif now - self._short_since.setdefault(partition, now) > SHORT_SECONDS:
-                self._explain_place(member, partition, position)
-                self._short_since.pop(partition)
+            elif end is not None:  # an answer that has come since the last one said so
+                since = self._short_since.setdefault(partition, now)
+                _forget_highwater(member, self._here(partition))
+                if now - since > SHORT_SECONDS:
+                    self._explain_place(member, partition, position, end)
+                    self._short_since.pop(partition)
 
     def _explain_places(self, member: _Membership, error: kafka_errors.OffsetOutOfRangeError) -> None:
         for here in error.args[0]:
             if (position := self._positions.get(here.partition)) is not None:
                 self._explain_place(member, here.partition, position)
 
-    def _explain_place(self, member: _Membership, partition: int, position: int) -> None:
-        """Raise where the log does not hold that position."""
+    def _explain_place(self, member: _Membership, partition: int, position: int, answered: int = 0) -> None:
+        """Raise where the log does not hold that position. `answered`: the end that a fetch was told."""
         here, wait = self._here(partition), milliseconds(self._options.answer_seconds)
         begin = member.consumer.beginning_offsets([here], timeout_ms=wait)[here]
         end = member.consumer.end_offsets([here], timeout_ms=wait)[here]
-        end = max(end, _highwater(member, here) or 0)
+        end = max(end, answered, _highwater(member, here) or 0)
         if not begin <= position <= end:
             raise outside(self._topic, partition, position, Span(begin, end, ""))
 
@@ -307,3 +311,12 @@ def _highwater(member: _Membership, here: TopicPartition) -> int | None:
         end: int | None = member.consumer.highwater(here)
         return end
     return None
+
+
+def _forget_highwater(member: _Membership, here: TopicPartition) -> None:
+    """Have the next answer to a fetch say where the end is: the last one may be older than where we stand.
+
+    There is no public way; of the library's releases that are let in, all have it here.
+    """
+    if (known := member.consumer._subscription.assignment.get(here)) is not None:
+        known.highwater = None
