@@ -51,6 +51,7 @@ RENEW_SECONDS = 5.0
 ASK_SECONDS = 1.0  # between tries while another one has the lease
 IDLE_SECONDS = 0.025
 OPERATORS_SECONDS = 1.0  # between looks at what operators did, while nothing is found
+FOLD_SECONDS = 5.0  # until the store has what we wrote ourselves, where no worker is faster
 BATCH = 200  # findings looked at in one round
 WAITING_SECONDS = 5.0  # between looks at findings that wait
 CHECKS_AT_ONCE = 50  # conversations asked about in one round
@@ -137,7 +138,7 @@ class Dispatcher:
         self._taken: dict[str, None] = {}  # references of findings that are part of an alert, and not settled
         self._waiting: set[str] = set()
         self._waiting_next = float("-inf")
-        self._operators_next = float("-inf")
+        self._operators_next = self._fold_next = float("-inf")
 
     # The loop.
 
@@ -211,10 +212,9 @@ class Dispatcher:
         if not self._loaded:
             self._load()
         fresh = self._look()
-        if fresh or self._ticks() >= self._operators_next:
-            # Forgettings and the like first: a store that was wiped has none of them yet.
-            self._catch_up()
-            fresh = self._look() if fresh else []
+        # Forgettings and the like first: a store that was wiped has none of them yet.
+        if self._catch_up(at_once=bool(fresh)) and fresh:
+            fresh = self._look()
         done = self._intake(fresh)
         if len(fresh) < BATCH and self._ticks() >= self._jumped_at + self._config.idle_after:
             done += self._endings.check(self._clock(), CHECKS_AT_ONCE, self._operators.forgotten.keys())
@@ -282,7 +282,7 @@ class Dispatcher:
 
     def _load(self) -> None:
         """Take over what is written down."""
-        self._journal.catch_up()
+        self._journal.fold()
         notifications = read_bodies(self._store.actions("notification/"), Notification)
         for notification in notifications:
             self._groups.remember(notification)
@@ -300,10 +300,18 @@ class Dispatcher:
         if self._table.alerts:
             _log.info("alerts taken over", alerts=len(self._table.alerts), under_way=len(unsent))
 
-    def _catch_up(self) -> None:
-        self._operators_next = self._ticks() + OPERATORS_SECONDS
-        if self._journal.catch_up():
+    def _catch_up(self, *, at_once: bool) -> bool:
+        """See what operators did, if it is time to; says whether they did anything."""
+        news, now = False, self._ticks()
+        if not at_once and now >= self._fold_next:
+            self._fold_next = now + FOLD_SECONDS
+            news = self._journal.fold()
+        elif at_once or now >= self._operators_next:
+            self._operators_next = now + OPERATORS_SECONDS
+            news = self._journal.catch_up()
+        if news:
             self._read_operators()
+        return news
 
     def _read_operators(self) -> None:
         now = self._clock()
@@ -333,7 +341,10 @@ class Dispatcher:
         decisions = decide(fresh, self._known(session))
         kept = []
         for decision in decisions:
+            conversation = decision.pending.finding.conversation_id
             match decision.act:
+                case "take" if conversation in self._operators.forgotten and session(conversation) is None:
+                    kept.append(decision.pending.reference)  # forgotten in this very moment
                 case "take":
                     self._take(decision.pending, session, now)
                 case "wait":

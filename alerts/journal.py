@@ -78,8 +78,9 @@ class Journal:
         return not self._table.unwritten and not self._records
 
     def catch_up(self) -> bool:
-        """Take what has been written since into the store; says whether some of it may be somebody else's. Where the
-        log is away, what is known stays what it was.
+        """Take what has been written since into the store; says whether some of it may be somebody else's. What is all
+        our own is left for `fold`, since somebody may be waiting. Where the log is away, what is known stays what it
+        was.
 
         Raises:
             StoreUnavailable, StoreError: as the store does.
@@ -87,15 +88,30 @@ class Journal:
         if self._ticks() < self._not_before:
             return False
         try:
-            while self._fold.run_once():
-                pass
-            at = self._store.actions_offset(self._log.span(ACTIONS, 0).topic_id)
+            if self._at >= 0 and self._log.span(ACTIONS, 0).end == self._at + self._own:
+                return False
+            self._take_in()
         except LogError as error:
             self._failed(error)
             return False
-        news = self._at < 0 or at - self._at != self._own
-        self._at, self._own = at, 0
-        return news
+        return True
+
+    def fold(self) -> bool:
+        """The same for all of it, ours included. Raises as `catch_up`."""
+        if self._ticks() < self._not_before:
+            return False
+        before, own = self._at, self._own
+        try:
+            self._take_in()
+        except LogError as error:
+            self._failed(error)
+            return False
+        return before < 0 or self._at != before + own
+
+    def _take_in(self) -> None:
+        while self._fold.run_once():
+            pass
+        self._at, self._own = self._store.actions_offset(self._log.span(ACTIONS, 0).topic_id), 0
 
     def write(self) -> None:
         """Write down all that is to be: alerts, then what was sent and what is about to be. Blocks until it is safe."""
