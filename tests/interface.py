@@ -36,7 +36,7 @@ class Interface:
         self.log = log
         self.store = store
         self.keys = folder / "api-keys.json"
-        self.tokens = {scope: create_key(self.keys, f"{scope}-key", [scope]) for scope in SCOPES}
+        self.tokens: dict[str, str] = {}
 
     def client(self, scope: str | None = "read", **options: Any) -> httpx.Client:
         """A client with a key of this scope; None: without."""
@@ -65,13 +65,17 @@ def open_store(kind: str, folder: Path, redis_url: str) -> Backend:
 
 
 @contextmanager
-def interface(folder: Path, store: Backend, log_path: Path | None = None, **options: Any) -> Iterator[Interface]:
-    """One that runs for as long as the block does."""
+def interface(
+    folder: Path, store: Backend, log_path: Path | None = None, *, open: bool = False, **options: Any
+) -> Iterator[Interface]:
+    """One that runs for as long as the block does; an open one has no keys."""
     folder.mkdir(exist_ok=True)
-    log = EmbeddedLog(log_path or folder / "log.db")
+    log = EmbeddedLog(log_path or folder / "log.db", busy_seconds=1.0)
     listener = listen("127.0.0.1", 0)
     made = Interface(f"http://127.0.0.1:{listener.getsockname()[1]}", folder, log, store)
-    app = create_app(log, store, Keys(made.keys), Options(**options))
+    if not open:
+        made.tokens = {scope: create_key(made.keys, f"{scope}-key", [scope]) for scope in SCOPES}
+    app = create_app(log, store, Keys(made.keys, open_without=open), Options(**options))
     try:
         with serving(app, listener, threading.Event()):
             yield made

@@ -33,7 +33,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import Server
 from service import Oracle, projection
+from starlette.routing import Route
 
+from monitor.api import page
 from monitor.api.app import PUBLIC, Options, create_app
 from monitor.api.auth import SCOPES, Keys, create_key, read_keys, revoke_key
 from monitor.api.documents import EXAMPLE
@@ -44,6 +46,8 @@ from monitor.database import sqlite_url
 from monitor.envelope import message_of
 from monitor.errors import ConfigurationError
 from monitor.events import Projection, decode_projection, encode
+from monitor.serving import application
+from monitor.settings import load_settings
 from monitor.store.sqlite import SqliteStore
 from monitor.stream import KafkaOptions, open_log, open_topics
 from monitor.stream.log import PROJECTIONS, EmbeddedLog, Record
@@ -60,6 +64,7 @@ from pathlib import Path
 import msgspec
 from monitor import telemetry
 from monitor.api import server
+from monitor.api import page
 from monitor.api.app import PUBLIC, Options, create_app
 from monitor.api.auth import Keys
 from monitor.store.sqlite import SqliteStore
@@ -258,6 +263,29 @@ def test_every_route_refuses_a_missing_a_wrong_and_an_under_scoped_key(server: R
                     assert answer.status_code not in (401, 403), (method, path, scope)
                 else:
                     assert answer.status_code == 403, (method, path, scope)
+
+
+def test_the_page_and_everything_beside_it_asks_for_a_scope_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANCHORWATCH_DATA_DIR", str(tmp_path))
+    log, store = EmbeddedLog(tmp_path / "log.db"), SqliteStore(tmp_path / "store.db")
+    app = application(load_settings(), log, store, Keys(tmp_path / "none.json"))
+    waiting: list[Any] = list(app.routes)
+    seen = set()
+    while waiting:
+        route = waiting.pop()
+        if (inside := getattr(route, "original_router", None)) is not None:
+            waiting += inside.routes
+            continue
+        assert isinstance(route, Route), route  # no mount, behind which anything could be
+        seen.add(route.path_format)
+        parts = route.dependant.dependencies if isinstance(route, APIRoute) else []
+        scopes = [part.call for part in parts if hasattr(part.call, "scope")]
+        assert bool(scopes) != (route.path_format in {*PUBLIC, *page.PUBLIC}), route.path_format
+    assert seen > {"/", "/act", "/sessions/{conversation_id}", "/v1/sessions", "/metrics"}
+    log.close()
+    store.close()
 
 
 def test_a_key_is_asked_for_before_any_of_the_body_is_read(server: Running) -> None:

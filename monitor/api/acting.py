@@ -24,6 +24,7 @@ from monitor.actions import (
     withdraw,
 )
 from monitor.errors import AnchorwatchError, ConfigurationError, EventError
+from monitor.events import now_utc
 from monitor.stream.log import Log
 
 __all__ = ["Acting", "Done", "done"]
@@ -59,15 +60,17 @@ class Acting:
         self._fold = ActionsFold(log, store)
         self._folding = threading.Lock()
 
-    def write(self, kind: Kind, name: str, body: Body, by: str) -> None:
-        """Do it.
+    def write(self, kind: Kind, name: str, body: Body, by: str) -> str:
+        """Do it, and say when that was.
 
         Raises:
             ConfigurationError: a text in it won't do.
             LogUnavailable, LogError: perhaps written, perhaps not; do it again.
         """
-        append_action(self._log, kind, name, body, by=by)
+        at = now_utc()
+        append_action(self._log, kind, name, body, by=by, at=at)
         self._take_in()
+        return at
 
     def take_back(self, kind: Kind, name: str) -> None:
         """Withdraw it. Raises as `write`."""

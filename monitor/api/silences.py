@@ -111,11 +111,9 @@ def mount_silences(app: FastAPI, acting: Acting, table: AlertTable) -> None:
         asked = await read_json(request, SilenceAsked)
         made = _made(asked, datetime.now(UTC))
         name = secrets.token_hex(4)
-        await run_in_threadpool(acting.write, "silence", name, made, key.name)
+        at = await run_in_threadpool(acting.write, "silence", name, made, key.name)
         table.expire()
-        written = await run_in_threadpool(acting.known, "silence", name)
-        view = _view(name, written) if written else _shown(name, made, by=key.name, time="")
-        return json_response(view, 201, {"Location": f"/v1/silences/{name}"})
+        return json_response(_shown(name, made, by=key.name, time=at), 201, {"Location": f"/v1/silences/{name}"})
 
     @app.get(
         "/v1/silences/{name:id}",

@@ -71,8 +71,8 @@ def mount_verdicts(app: FastAPI, store: Reader, acting: Acting) -> None:
         if await run_in_threadpool(store.session, conversation_id) is None:
             raise Problem(404, "the store keeps no such session", "see /v1/sessions, or use `anchorwatch verdict`")
         verdict = Verdict(given.label, given.turn, given.note)
-        await run_in_threadpool(acting.write, "verdict", conversation_id, verdict, key.name)
-        return json_response(await run_in_threadpool(verdict_of, acting, conversation_id) or _view(verdict, key.name))
+        at = await run_in_threadpool(acting.write, "verdict", conversation_id, verdict, key.name)
+        return json_response(_view(verdict, key.name, at))
 
     @app.delete(
         PATH,
@@ -97,5 +97,5 @@ def verdict_of(acting: Acting, conversation_id: str) -> VerdictView | None:
     return _view(found.body, found.action.by, found.action.time)
 
 
-def _view(verdict: Verdict, by: str, time: str = "") -> VerdictView:
+def _view(verdict: Verdict, by: str, time: str) -> VerdictView:
     return VerdictView(label=verdict.label, turn=verdict.turn, note=verdict.note, by=by, time=time)
