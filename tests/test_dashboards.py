@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from grafana import TOKEN, DocumentedGrafana
+from tiny import environment
 
 from alerts.grafana import files
 from monitor.telemetry import REGISTRY
@@ -124,6 +128,34 @@ def test_the_table_of_the_riskiest_has_what_its_link_needs(
     for row in found:
         assert row["metric"].keys() == {"conversation_id", "deployment"}
         assert float(row["value"][1]) >= 0
+
+
+def test_the_runs_findings_become_annotations_beside_the_dashboards(
+    observed: Observed, answers: dict[Asked, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The command as people call it, on the run's own store; what answers is a recording receiver."""
+    grafana = DocumentedGrafana()
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    options = ["--url", grafana.url, "--token-file", str(token), "--annotations", "6h", "--json"]
+    try:
+        for how in ("created", "unchanged"):
+            done = subprocess.run(
+                [sys.executable, "-m", "monitor", "dashboards", "push", *options],
+                env=environment(ANCHORWATCH_DATA_DIR=str(observed.folder)),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert done.returncode == 0, done.stderr
+            assert TOKEN not in done.stdout + done.stderr
+            *others, _ = json.loads(done.stdout)["changes"]
+            assert {one["how"] for one in others} == {how}
+        assert len(grafana.dashboards) == 3
+        found = [one["tags"][1] for one in grafana.annotations]
+        assert found and len(set(found)) == len(found), "each finding once, also by the second push"
+    finally:
+        grafana.close()
 
 
 def test_the_page_tells_every_query(request: pytest.FixtureRequest) -> None:
