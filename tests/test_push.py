@@ -9,6 +9,8 @@ import copy
 import functools
 import json
 import re
+import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,24 @@ def test_grafana_under_a_path(grafana: DocumentedGrafana, token: Path) -> None:
         200, b'{"database": "ok", "version": "12.3.1"}', {"content-type": "application/json"}
     )
     assert Grafana(reach(f"{grafana.url}/tools/grafana/", token)).version() == "12.3.1"
+
+
+def test_a_certificate_is_looked_at(tmp_path: Path, token: Path) -> None:
+    both = tmp_path / "both.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*words, "-keyout", both, "-out", tmp_path / "own.pem", *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own.pem", both)
+    secure = Receiver(context=context)
+    secure.script(Answer(200, b'{"database": "ok", "version": "12.3.1"}', {"content-type": "application/json"}))
+    try:
+        with pytest.raises(ChannelError, match="not trusted"):
+            Grafana(reach(secure.url, token)).version()
+        assert secure.received == []
+        assert Grafana(reach(secure.url, token, ca_file=tmp_path / "own.pem")).version() == "12.3.1"
+    finally:
+        secure.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"two words\n", b"\xff\xfe", None])
