@@ -5,7 +5,9 @@ verdicts and deployments. What is done there is in the log, under the key's name
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from hypothesis import strategies as st
 from interface import STORES, Interface, interface, open_store
 from service import CONFIG, Oracle, message, projection, traffic
 
-from monitor.actions import Paging, Silence, append_action, read_actions
+from monitor.actions import Acknowledgement, Action, Paging, Silence, append_action, read_actions
 from monitor.alert import Alert
+from monitor.api.acting import Done
 from monitor.api.alert_table import AlertTable
 from monitor.api.rim import path_of
 from monitor.api.silences import silenced_by
+from monitor.fleet import FleetReader
 from monitor.matchers import Matcher
 from monitor.store.sqlite import SqliteStore
 
@@ -273,8 +277,6 @@ def test_an_alert_is_acknowledged_and_resolved_under_the_keys_name(api: Interfac
 
 
 def test_an_alert_of_which_somebody_has_acknowledged_a_finding_is_acknowledged(api: Interface) -> None:
-    from monitor.actions import Acknowledgement
-
     append_action(api.log, "acknowledge", "f-by-finding", Acknowledgement(), by="somebody")
     api.alert(one("by-finding"))
     with api.client() as client:
@@ -325,6 +327,35 @@ def test_the_table_is_read_at_most_once_a_second_and_less_often_when_that_takes_
     assert table.all() == [] and asked.times == 5
 
 
+def test_nobody_waits_while_the_table_is_read_but_those_who_have_done_something() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Asked):
+        def actions(self, prefix: str) -> dict[str, bytes]:
+            found = super().actions(prefix)
+            if self.times > 1:
+                begun.set()
+                assert go_on.wait(30)
+            return found
+
+    slow = Slow()
+    table = AlertTable(slow, clock=lambda: slow.now)
+    assert table.all() == []
+    slow.now = 2.0
+    slow.values["alert/x"] = msgspec.json.encode({"body": one("x")})
+    with ThreadPoolExecutor(3) as pool:
+        reader = pool.submit(table.all)
+        assert begun.wait(30)
+        assert pool.submit(table.all).result(30) == []
+        table.expire()  # while it is read: what is read now may be too old
+        slow.values["alert/y"] = msgspec.json.encode({"body": one("y")})
+        waiting = pool.submit(table.all)
+        go_on.set()
+        assert [alert.id for alert in reader.result(30)] in (["x"], ["y", "x"])
+        assert [alert.id for alert in waiting.result(30)] == ["y", "x"]
+    assert slow.times == 3
+
+
 # Silences
 
 
@@ -363,9 +394,6 @@ def test_a_silence_that_has_run_out_is_shown_only_to_those_who_ask(api: Interfac
 
 
 def test_matching_goes_by_labels_and_by_the_clock() -> None:
-    from monitor.actions import Action
-    from monitor.api.acting import Done
-
     now = datetime(2026, 1, 1, tzinfo=UTC)
     action = Action(by="x", time="2026-01-01T00:00:00Z", body={})
     silences = {
@@ -471,8 +499,6 @@ def test_deployments_have_their_baseline_and_what_is_learning_says_so(api: Inter
 
 
 def test_a_deployment_ages(tmp_path: Path) -> None:
-    from monitor.fleet import FleetReader
-
     with interface(tmp_path / "i", SqliteStore(tmp_path / "store.db")) as api:
         api.fold([message(projection(f"c{n}", 0, -0.5)) for n in range(10)])
         api.fold([message(projection("pirate", 0, deployment="pirates"))])

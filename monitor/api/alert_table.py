@@ -46,25 +46,35 @@ class Actions(Protocol):
 
 
 class AlertTable:
-    """Any number of threads may use one; its methods block while one of them reads, and raise as the store does."""
+    """Any number of threads may use one; its methods block while they read, and raise as the store does."""
 
     def __init__(self, store: Actions, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._clock = clock
         self._reading = threading.Lock()
-        self._due = float("-inf")
+        self._expired = True
+        self._due = 0.0
         self._values: dict[str, bytes] = {}
         self._decoded: dict[str, Alert] = {}
         self._alerts: list[Alert] = []
 
     def all(self) -> list[Alert]:
-        """All of them, as of a moment ago: those that fire first, the newest first."""
-        with self._reading:
+        """All of them, as of a moment ago: those that fire first, the newest first. While one thread reads them anew,
+        the others are given what was there before, unless that has been called out of date."""
+        if not self._reading.acquire(blocking=self._expired):
+            return self._alerts
+        try:
             begun = self._clock()
-            if begun >= self._due:
+            if self._expired or begun >= self._due:
+                self._expired = False
                 self._read()
                 self._due = begun + max(FRESH_SECONDS, SHARE * (self._clock() - begun))
             return self._alerts
+        except BaseException:
+            self._expired = True
+            raise
+        finally:
+            self._reading.release()
 
     def find(self, id: str) -> Alert | None:
         """One of them, as of now."""
@@ -76,8 +86,8 @@ class AlertTable:
         return _with(alert, {key: value for found in seen.values() for key, value in found.items()})
 
     def expire(self) -> None:
-        """Something has been done: whoever asks next sees it."""
-        self._due = float("-inf")
+        """Something has been done: whoever asks from now on sees it."""
+        self._expired = True
 
     def _read(self) -> None:
         values, seen = self._store.actions(ALERT), self._store.actions(ACKNOWLEDGE)
