@@ -38,6 +38,7 @@ from monitor.stream.log import PROJECTIONS, EmbeddedLog, Message
 HERE = Path(__file__).parent
 PARTS = ("worker", "dispatcher", "api", "collector")
 SCRAPE_SECONDS = 1
+EVERY = (("scrape", "interval"), ("scrape", "timeout"), ("evaluation", "interval"))
 
 
 class Observed:
@@ -65,7 +66,8 @@ class Observed:
             "canaries": self._textfile.url.removeprefix("http://")
         }
         config = {
-            "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "scrape_timeout": f"{SCRAPE_SECONDS}s"},
+            "global": {f"{what}_{kind}": f"{SCRAPE_SECONDS}s" for what, kind in EVERY},
+            "rule_files": [str(HERE.parent / "deploy" / "prometheus" / "*.rules.yml")],
             "scrape_configs": [
                 {"job_name": job, "static_configs": [{"targets": [target]}]} for job, target in jobs.items()
             ],
