@@ -50,7 +50,8 @@ def letters_list(
         print(json.dumps({"letters": [_facts(letter) for letter in letters], "reasons": dict(reasons)}))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("letter", "reason", "bytes", "key", "sent again"):
+    table.add_column("letter", no_wrap=True, overflow="ignore")  # whole, however narrow: it is there to be copied
+    for column in ("reason", "bytes", "key", "sent again"):
         table.add_column(column, overflow="fold", justify="right" if column == "bytes" else "left")
     for letter in letters:
         mark = letter.requeued
@@ -134,6 +135,8 @@ def letters_requeue(
     else:
         for one in refused:
             _stderr.print(f"refused {plain(one.id)}: {plain(one.why)}", markup=False, soft_wrap=True)
+        if not chosen:
+            _stderr.print("None is like that: see `anchorwatch dead-letters list`.", markup=False)
         _stdout.print(f"Sent again: {len(gone)}. Refused: {len(refused)}.")
     if refused:
         raise typer.Exit(1)

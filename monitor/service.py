@@ -148,7 +148,8 @@ def _advise(settings: Settings) -> None:
     plan = connect.topic_plan(settings)
     try:
         for one in advice(plan, topics.states([spec.name for spec in plan])):
-            _log.warning("a topic", severity=one.severity, topic=one.topic, problem=one.problem, cure=one.cure)
+            say = _log.info if one.severity == "note" else _log.warning
+            say("a topic is not as it should be", topic=one.topic, problem=one.problem, cure=one.cure)
     except LogUnavailable:
         pass  # the worker waits for it, and says so
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import secrets
 import tempfile
 from pathlib import Path
@@ -350,8 +351,7 @@ class Settings(BaseSettings):
         description="How long the fleet's minutes wait for a partition that lags and does not move.",
     )
 
-    @model_validator(mode="after")
-    def _kafka(self) -> Settings:
+    def _kafka(self) -> list[str]:
         """All at once: whoever sets up Kafka's security has several of these to get right."""
         problems = []
         sasl, tls = self.kafka_security_protocol.startswith("sasl"), self.kafka_security_protocol.endswith("ssl")
@@ -383,23 +383,24 @@ class Settings(BaseSettings):
             problems.append("kafka_cert_file and kafka_key_file go together; give both, or neither")
         if not tls and (self.kafka_ca_file or self.kafka_cert_file):
             problems.append("kafka_ca_file and kafka_cert_file need TLS: kafka_security_protocol=ssl or sasl_ssl")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        return problems
 
     @model_validator(mode="after")
-    def _places(self) -> Settings:
+    def _together(self) -> Settings:
         self.data_dir = self.data_dir.expanduser().absolute()
         self.log_url = self.log_url or sqlite_url(self.data_dir / "log.db")
         self.store_url = self.store_url or sqlite_url(self.data_dir / "store.db")
+        problems = self._kafka()
         if (self.api_tls_certificate is None) != (self.api_tls_key is None):
-            raise ValueError("api_tls_certificate and api_tls_key go together; give both, or neither")
+            problems.append("api_tls_certificate and api_tls_key go together; give both, or neither")
         if self.api_queue_bytes < self.api_max_body_bytes + 1024:
-            raise ValueError("api_queue_bytes must have room for one whole body, api_max_body_bytes, and 1 KiB")
+            problems.append("api_queue_bytes must have room for one whole body, api_max_body_bytes, and 1 KiB")
         if self.store_ttl_seconds <= self.session_gap_seconds:
-            raise ValueError("store_ttl_seconds must be longer than session_gap_seconds: a silence ends there first")
+            problems.append("store_ttl_seconds must be longer than session_gap_seconds: a silence ends there first")
         if self.log_url == self.store_url:
-            raise ValueError("log_url and store_url name one file; give each its own")
+            problems.append("log_url and store_url name one file; give each its own")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -420,7 +421,7 @@ def load_settings() -> Settings:
         settings = Settings()
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_context=False):
-            problems.append(_told(problem["loc"], problem["msg"], problem["input"]))
+            problems += _told(problem["loc"], problem["msg"], problem["input"]).split("\n")
     if settings is None or problems:
         raise ConfigurationError(
             f"{len(problems)} setting{'s are' if len(problems) > 1 else ' is'} wrong:\n  - " + "\n  - ".join(problems),
@@ -429,11 +430,15 @@ def load_settings() -> Settings:
     return settings
 
 
+_FIELDS = re.compile(rf"\b({'|'.join(sorted(Settings.model_fields, key=len, reverse=True))})\b")
+
+
 def _told(location: tuple[int | str, ...], message: str, value: object) -> str:
-    """One problem in a line. A secret's value is never repeated, nor a URL that may hold one."""
-    text = message[0].lower() + message[1:]
-    if not location:
-        return text
+    """One problem in a line, or several where they are about several settings. A secret's value is never repeated, nor a URL that may hold one."""
+    text = message.removeprefix("Value error, ")
+    text = text[0].lower() + text[1:]
+    if not location:  # about several: each by the name that people set it by
+        return _FIELDS.sub(lambda found: PREFIX + found[0].upper(), text)
     field = str(location[0])
     secret = field in ("installation_key", "kafka_password") or "@" in str(value)
     got = "" if secret else f" (got {value!r})"
