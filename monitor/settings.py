@@ -434,8 +434,8 @@ _FIELDS = re.compile(rf"\b({'|'.join(sorted(Settings.model_fields, key=len, reve
 
 
 def _told(location: tuple[int | str, ...], message: str, value: object) -> str:
-    """One problem in a line, or several of several settings. A secret's value is never repeated, nor a URL that may hold
-    one."""
+    """One problem in a line, or several of several settings. A secret's value is never repeated, nor a URL that may
+    hold one."""
     text = message.removeprefix("Value error, ")
     text = text[0].lower() + text[1:]
     if not location:  # about several: each by the name that people set it by
