@@ -13,49 +13,22 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from alerts.allowance import COUNTED, Allowance
-from alerts.config import AlertmanagerConfig, AlertsConfig, AnyIntegration, LogConfig, PagerDutyConfig, Receiver, Route
-from alerts.stages import Inhibition, Limits, Update, compose, needs_update, places, quiet, seconds, silenced
+from alerts.config import AlertsConfig, AnyIntegration, PagerDutyConfig, Route
+from alerts.group import Group, Key, limits, record
+from alerts.stages import Inhibition, Update, compose, needs_update, places, quiet, seconds, silenced
 from monitor.actions import Silence
-from monitor.alert import Alert, Notification, State, state
+from monitor.alert import Alert, Notification, state
 
 __all__ = ["Groups"]
 
 MOST_AT_ONCE = 200  # notifications that one look gives
-MOST_REMEMBERED = 1000  # alerts that a group's record names
 MINUTE = 60.0
 FIRST_REFUSED_SECONDS = 10.0
 LONGEST_REFUSED_SECONDS = 3600.0
 DIGEST = "digest"
-
-
-class _Group(Struct):
-    """One group at one integration. `told` is what this group has told of each alert, and `firing` how many of those
-    are not known to be over there. `left` are those that belong to another group by now, and end here, too."""
-
-    integration: AnyIntegration
-    receiver: Receiver
-    route: Route
-    key: str
-    labels: dict[str, str]
-    members: set[str]
-    left: set[str]
-    told: dict[str, State]
-    firing: int = 0
-    last: Notification | None = None
-    last_at: float = -math.inf
-    flying: str = ""
-    more: bool = False
-    seen: bool = False
-    due: float = math.inf
-    causes: dict[str, int] = {}
-    capped: set[str] | None = None
-    refused: int = 0
-    most: int = 0
-    again: float = -math.inf
 
 
 class Groups:
@@ -79,21 +52,21 @@ class Groups:
     ) -> None:
         self._alerts = alerts
         self._held_back = held_back
-        self._groups: dict[tuple[str, str], _Group] = {}
-        self._placed: dict[str, tuple[str, list[tuple[str, str]]]] = {}
-        self._left: dict[str, list[tuple[str, str]]] = {}
-        self._told_before: dict[str, list[tuple[str, str]]] = {}
-        self._remembered: dict[tuple[str, str], Notification] = {}
-        self._heap: list[tuple[float, int, tuple[str, str]]] = []
+        self._groups: dict[Key, Group] = {}
+        self._placed: dict[str, tuple[str, list[Key]]] = {}
+        self._left: dict[str, list[Key]] = {}
+        self._told_before: dict[str, list[Key]] = {}
+        self._remembered: dict[Key, Notification] = {}
+        self._heap: list[tuple[float, int, Key]] = []
         self._ticket = count()
-        self._held: set[tuple[str, str]] = set()
-        self._aside: dict[tuple[str, str], float] = {}
+        self._held: set[Key] = set()
+        self._aside: dict[Key, float] = {}
         self._silences: tuple[tuple[Silence, float], ...] = ()
         self._next_look = -math.inf
         self._allowance = Allowance()
         self._digests: dict[str, Notification] = {}
-        self._digested: set[tuple[str, str]] = set()
-        self.gone: dict[tuple[str, str], float] = {}
+        self._digested: set[Key] = set()
+        self.gone: dict[Key, float] = {}
         self.live = False
         self.configure(config)
 
@@ -113,7 +86,7 @@ class Groups:
         self._heap.clear()
         for group in (group for _, group in before if group.last is not None):
             assert group.last is not None
-            self._remember(group.last if group.flying == group.last.id else _record(group.last, group))
+            self._remember(group.last if group.flying == group.last.id else record(group.last, group))
         for alert in self._alerts.values():
             self._inhibition.put(alert)
         for alert in self._alerts.values():
@@ -176,13 +149,13 @@ class Groups:
             group = self._groups[key]
             if group.capped is not None and alert.firing:
                 group.capped.add(alert.id)
-            self._wake(key, self._ready(group, alert.changed))
+            self._wake(key, group.ready(alert.changed))
         if left := self._left.get(alert.id):
             self._left[alert.id] = [key for key in left if self._leave(key, alert)]
 
-    def _place(self, alert: Alert) -> list[tuple[str, str]]:
+    def _place(self, alert: Alert) -> list[Key]:
         """Make it a member of its groups."""
-        found: list[tuple[str, str]] = []
+        found: list[Key] = []
         for place in places(self._config.route, alert):
             for integration in self._receivers[place.route.receiver].integrations:
                 key = integration.name, place.group
@@ -198,21 +171,21 @@ class Groups:
                 if word is None and (integration.name, alert.id) in self._digested:
                     word = state(alert)
                 if word is not None and alert.id not in group.told:
-                    _tell(group, alert.id, word)
+                    group.tell(alert.id, word)
                     if group.last is None:  # it was told in another group, or by other rules
                         group.last_at = max(group.last_at, alert.changed)
         return found
 
-    def _make(self, key: tuple[str, str], integration: AnyIntegration, route: Route, labels: dict[str, str]) -> _Group:
+    def _make(self, key: Key, integration: AnyIntegration, route: Route, labels: dict[str, str]) -> Group:
         receiver = self._receivers[integration.receiver]
-        group = _Group(integration, receiver, route, key[1], labels, set(), set(), {})
+        group = Group(integration, receiver, route, key[1], labels)
         self._groups[key] = group
         if (last := self._remembered.pop(key, None)) is not None:
             group.last, group.last_at = last, seconds(last.time)
             group.flying = "" if last.sent else last.id
         return group
 
-    def _told_by(self, alert: Alert) -> list[tuple[str, str]]:
+    def _told_by(self, alert: Alert) -> list[Key]:
         """Groups that have told of it before this dispatcher began, or by other rules, and have still to tell its
         end."""
         found = []
@@ -223,11 +196,11 @@ class Groups:
                 continue
             group = self._groups.get(key) or self._make(key, integration, self._config.route, dict(last.labels))
             if alert.id not in group.members:
-                _tell(group, alert.id, last.covered[alert.id])
+                group.tell(alert.id, last.covered[alert.id])
                 found.append(key)
         return found
 
-    def _leave(self, key: tuple[str, str], alert: Alert) -> bool:
+    def _leave(self, key: Key, alert: Alert) -> bool:
         """It belongs to other groups now; says whether this one is still to tell its end."""
         group = self._groups.get(key)
         if group is None:
@@ -236,10 +209,10 @@ class Groups:
         if group.told.get(alert.id) not in (None, "resolved"):
             group.left.add(alert.id)
             if not alert.firing:
-                self._wake(key, self._ready(group, alert.changed))
+                self._wake(key, group.ready(alert.changed))
             return True
         group.left.discard(alert.id)
-        _tell(group, alert.id, None)
+        group.tell(alert.id, None)
         self._drop_if_empty(key, group)
         return False
 
@@ -250,14 +223,14 @@ class Groups:
             group = self._groups[key]
             group.members.discard(alert.id)
             group.left.discard(alert.id)
-            _tell(group, alert.id, None)
+            group.tell(alert.id, None)
             self._drop_if_empty(key, group)
         self._placed.pop(alert.id, None)
         self._left.pop(alert.id, None)
         for integration in self._integrations:
             self._aside.pop((integration, alert.id), None)
 
-    def _keys(self, id: str) -> list[tuple[str, str]]:
+    def _keys(self, id: str) -> list[Key]:
         _, placed = self._placed.get(id, ("", []))
         return [key for key in (*placed, *self._left.get(id, ())) if key in self._groups]
 
@@ -268,7 +241,7 @@ class Groups:
             group.integration.send_resolved and group.told.get(alert.id) not in (None, "resolved") for group in groups
         )
 
-    def long_gone(self, before: float) -> list[tuple[str, str]]:
+    def long_gone(self, before: float) -> list[Key]:
         """Integration and group of those that are no more, and for which nothing went out since; named once."""
         for key, last in self._remembered.items():
             if last.sent:
@@ -287,7 +260,7 @@ class Groups:
             if alert.id in group.left:
                 continue
             if group.told.get(alert.id) in (None, "resolved"):
-                _tell(group, alert.id, state(alert))
+                group.tell(alert.id, state(alert))
                 newly.append(key[0])
             elif isinstance(group.integration, PagerDutyConfig):
                 group.seen = True
@@ -325,24 +298,16 @@ class Groups:
         ends = [until for _, until in self._silences if until > now]
         self._next_look = min([now + MINUTE - now % MINUTE, *ends])
 
-    def _ready(self, group: _Group, changed: float) -> float:
-        """When a change may be told of: after `group_wait`, or `group_interval` after the last notification."""
-        if group.more or isinstance(group.integration, AlertmanagerConfig):
-            return group.again
-        if group.firing and group.last is not None:
-            return max(group.last_at + group.route.group_interval, group.again)
-        return max(changed + group.route.group_wait, group.again)
-
-    def _wake(self, key: tuple[str, str], at: float) -> None:
+    def _wake(self, key: Key, at: float) -> None:
         group = self._groups[key]
         if not group.flying and at < group.due:
             group.due = at
             heapq.heappush(self._heap, (at, next(self._ticket), key))
 
-    def _evaluate(self, key: tuple[str, str], group: _Group, now: float) -> Notification | None:
+    def _evaluate(self, key: Key, group: Group, now: float) -> Notification | None:
         if group.flying:
             return None
-        repeat_at = self._repeat_at(group)
+        repeat_at = group.repeat_at()
         causes: dict[str, int] = {}
         alerts = self._told_of(group, now, causes)
         update = needs_update(
@@ -367,7 +332,7 @@ class Groups:
             self._wake(key, repeat_at if repeat_at > now else now + group.route.repeat_interval)
             return None
         if update.reason != "repeat":
-            ready = self._ready(group, min(alert.changed for alert in update.news))
+            ready = group.ready(min(alert.changed for alert in update.news))
             longest = max(group.route.group_wait, group.route.group_interval, LONGEST_REFUSED_SECONDS)
             if now < ready <= now + longest:  # later than that it could never be: the clock was set back
                 self._wake(key, ready)
@@ -387,19 +352,10 @@ class Groups:
         self._hold(key, group, causes)
         return None
 
-    def _repeat_at(self, group: _Group) -> float:
-        if not group.firing or isinstance(group.integration, AlertmanagerConfig):
-            return math.inf
-        return group.last_at + max(group.route.repeat_interval, group.route.group_interval)
-
-    def _told_of(self, group: _Group, now: float, causes: dict[str, int]) -> list[Alert]:
+    def _told_of(self, group: Group, now: float, causes: dict[str, int]) -> list[Alert]:
         """Whom the group may tell of now. The end of what was told is told whatever mutes it; what has left, ends here
         only."""
-        found = [
-            alert
-            for id in group.left
-            if (alert := self._alerts[id]).ends_at is not None and group.told.get(id) != "resolved"
-        ]
+        found = group.over(self._alerts)
         silences = [silence for silence, until in self._silences if until > now]
         for id in group.members:
             alert = self._alerts[id]
@@ -417,7 +373,7 @@ class Groups:
                 found.append(alert)
         return found
 
-    def _hold(self, key: tuple[str, str], group: _Group, causes: dict[str, int]) -> None:
+    def _hold(self, key: Key, group: Group, causes: dict[str, int]) -> None:
         for cause, many in causes.items():
             if self._held_back is not None and many > group.causes.get(cause, 0):
                 self._held_back(group.integration.name, cause, many - group.causes.get(cause, 0))
@@ -425,7 +381,7 @@ class Groups:
         if causes:
             self._held.add(key)
 
-    def _fly(self, group: _Group, update: Update, now: float) -> Notification:
+    def _fly(self, group: Group, update: Update, now: float) -> Notification:
         name = group.integration.name
         note = ""
         if update.reason in COUNTED:
@@ -433,12 +389,12 @@ class Groups:
             self._allowance.spend(group.receiver, name, deployments, now)
             if cap := self._allowance.exhausted(group.receiver, name, deployments, now):
                 note = f"The cap of {cap} is reached: what comes next is held back until midnight UTC."
-        limits = _limits(group.integration)
+        most = limits(group.integration)
         if group.most:  # somewhere among them is what the receiver will not take
-            limits = limits._replace(shown=min(limits.shown, group.most), whole=True, context=False)
+            most = most._replace(shown=min(most.shown, group.most), whole=True, context=False)
         notification = compose(
             update,
-            limits,
+            most,
             integration=name,
             group=group.key,
             group_labels=group.labels,
@@ -477,7 +433,7 @@ class Groups:
         ended = f", of which {len(over)} {'is' if len(over) == 1 else 'are'} over by now" if over else ""
         notification = compose(
             Update("digest", tuple(sorted(news.values(), key=lambda alert: (not alert.firing, -alert.risk, alert.id)))),
-            _limits(integration),
+            limits(integration),
             integration=integration.name,
             group=key,
             group_labels={},
@@ -498,26 +454,26 @@ class Groups:
 
     def sent(self, notification: Notification) -> Notification:
         """The integration has taken it; gives what is to be written down in its place."""
-        record = replace(notification, alerts=(), note="", sent=True, covered={})
+        written = replace(notification, alerts=(), note="", sent=True, covered={})
         for key, group in self._concerned(notification):
             for id, word in notification.covered.items():
                 if id in group.members or id in group.left:
-                    _tell(group, id, word)
+                    group.tell(id, word)
                     if word == "resolved" and id in group.left:
                         group.left.discard(id)
-                        _tell(group, id, None)
+                        group.tell(id, None)
                 if group.capped is not None:
                     group.capped.discard(id)
             if not group.capped:
                 group.capped = None
             group.last_at = seconds(notification.time)
             if group.key == notification.group:
-                group.last = record = _record(notification, group)
+                group.last = written = record(notification, group)
             group.refused, group.most, group.again = 0, 0, -math.inf
             self._landed(key, group)
         if notification.group in self._digests:
-            self._digests[notification.group] = record
-        return record
+            self._digests[notification.group] = written
+        return written
 
     def refused(self, notification: Notification, now: float) -> None:
         """The integration will never take it. Nobody has been told, so it is tried in other words: later, with half as
@@ -538,19 +494,19 @@ class Groups:
         for key, group in self._concerned(notification):
             self._landed(key, group)
 
-    def _landed(self, key: tuple[str, str], group: _Group) -> None:
+    def _landed(self, key: Key, group: Group) -> None:
         group.flying = ""
         if not self._drop_if_empty(key, group):
             self._wake(key, -math.inf)
 
-    def _concerned(self, notification: Notification) -> list[tuple[tuple[str, str], _Group]]:
+    def _concerned(self, notification: Notification) -> list[tuple[Key, Group]]:
         key = notification.integration, notification.group
         if notification.group not in self._digests:
             group = self._groups.get(key)
             return [(key, group)] if group is not None and group.flying == notification.id else []
         return [(place, group) for place, group in self._groups.items() if group.flying == notification.id]
 
-    def _drop_if_empty(self, key: tuple[str, str], group: _Group) -> bool:
+    def _drop_if_empty(self, key: Key, group: Group) -> bool:
         if group.members or group.left or group.flying:
             return False
         self._groups.pop(key, None)
@@ -558,27 +514,3 @@ class Groups:
         if group.last is not None:
             self.gone[key] = group.last_at
         return True
-
-
-def _record(notification: Notification, group: _Group) -> Notification:
-    """What is written down of a notification that was taken: what its group has told, and no alerts."""
-    firing = [(id, word) for id, word in group.told.items() if word != "resolved"]
-    return replace(notification, alerts=(), note="", sent=True, covered=dict(firing[-MOST_REMEMBERED:]))
-
-
-def _tell(group: _Group, id: str, word: State | None) -> None:
-    """Note what a group has told of an alert; None: nothing."""
-    before = group.told.pop(id, "resolved")
-    if word is not None:
-        group.told[id] = word
-    group.firing += ((word or "resolved") != "resolved") - (before != "resolved")
-
-
-def _limits(integration: AnyIntegration) -> Limits:
-    match integration:
-        case AlertmanagerConfig():
-            return Limits(1000, whole=True, context=False)
-        case LogConfig():
-            return Limits(1000, whole=True)
-        case _:
-            return Limits(getattr(integration, "max_alerts", 100))

@@ -257,7 +257,7 @@ def compose(
         sequence=sequence,
         alerts=tuple(replace(alert, told=_word(alert, integration)) for alert in shown),
         covered={alert.id: state(alert) for alert in covers},
-        truncated=sum(alert.id not in ids for alert in (*covers, *update.others)),
+        truncated=sum(alert.id not in ids for alert in (*(covers if limits.whole else update.news), *others)),
         note=note,
         spent=dict(spent or {}),
     )

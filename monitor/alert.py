@@ -96,7 +96,7 @@ class Notification(Struct, frozen=True, kw_only=True, omit_defaults=True):
         sequence: how many have gone out for this group before.
         alerts: those that the message shows, riskiest first, as they were.
         covered: alert id → what the integration counts as told of, once it is taken; also those not shown.
-        truncated: how many alerts of the group it covers but does not show.
+        truncated: how many alerts of the group it does not show.
         note: one plain sentence, where there is something to say beside the alerts: what a cap has held back.
         sent: whether the integration has taken it; then it is kept without its alerts.
         spent: deployment → how many notifications its cap has counted today for the integration, this one included;

@@ -22,7 +22,7 @@ from tiny import environment
 
 from alerts.config import AlertsConfig, Receiver, Route
 from alerts.dispatcher import BATCH, LEASE, Dispatcher
-from alerts.receivers import LogConfig
+from alerts.receivers import LogConfig, WebhookConfig
 from alerts.rules import one_log
 from monitor.actions import (
     Acknowledgement,
@@ -717,6 +717,38 @@ def test_a_slow_receiver_holds_up_neither_the_others_nor_the_intake(house: House
         stop.set()
         thread.join(20)
     assert set(house.alerts()["c2"].told) == {LOG, slow.name}
+
+
+def test_a_storm_of_10_000_conversations_becomes_few_messages_with_none_missing(tmp_path: Path) -> None:
+    house = House(tmp_path, None)
+    house.config = AlertsConfig(
+        route=Route(path="0", receiver="ops", group_wait=10.0),
+        receivers=(Receiver(name="ops", integrations=(WebhookConfig(receiver="ops", url="https://ops.example"),)),),
+    )
+    house.channel.name = "ops/webhook[0]"
+    house.channels = {house.channel.name: house.channel}
+    house.restart()
+    many = 10_000
+    at = datetime.fromtimestamp(house.clock.now - 60, UTC).isoformat().replace("+00:00", "Z")
+    events = [replace(projection(f"c{number}", 0, -9.0), time=at) for number in range(many)]
+    house.log.append(PROJECTIONS, [message(event) for event in events])
+    house.worker = Worker(house.log, house.store, CONFIG, batch_size=1000)
+    house.work()
+    house.dispatch()
+    assert house.channel.taken == [] and not house.store.pending(9)
+    house.pass_time(11)
+    house.dispatch()
+    assert len(house.channel.taken) == 10
+    assert all(len(one.alerts) == 100 and one.truncated == many - 100 for one in house.channel.taken)
+    covered = [id for one in house.channel.taken for id in one.covered]
+    assert len(covered) == len(set(covered)) == many
+    assert set(covered) == {found.episode_id for found in house.store.findings(2 * many)}
+    lengths = [len(record.value) for record in house.log.read(ACTIONS, 0, 0, 10**6)]
+    assert max(lengths) < 900 * 1024
+    house.restart()
+    house.dispatch()
+    assert len(house.channel.taken) == 10
+    house.close()
 
 
 def test_old_alerts_are_withdrawn_and_their_notifications(house: House) -> None:
