@@ -22,10 +22,10 @@ from monitor.api.auth import Keys, create_key
 from monitor.api.page import Links, mount_page
 from monitor.api.server import listen, serving
 from monitor.api.views import address, moment
-from monitor.events import Projection
+from monitor.events import Finding, Projection
 from monitor.store import Backend
 from monitor.store.sqlite import SqliteStore
-from monitor.store.store import Session
+from monitor.store.store import ClosedMinutes, Session
 from monitor.stream.log import PROJECTIONS, EmbeddedLog
 from monitor.worker import Worker
 
@@ -192,6 +192,26 @@ def furnish(desk: Desk) -> None:
     )
     desk.act("acknowledge", desk.session("seen").episode_id or "", Acknowledgement("on it"))
     desk.act("resolve", desk.session("resolved").episode_id or "", Acknowledgement())
+    shift = projection("x", 10)
+    found = Finding(
+        id="shift",
+        time=shift.time,
+        conversation_id="",
+        turn=0,
+        deployment=HOSTILE[1],
+        axis_id=shift.axis_id,
+        kind="fleet_shift",
+        severity="warning",
+        statistic="mean",
+        value=-1.0,
+        boundary=0.2,
+        risk=5.0,
+        budget=None,
+        certification="uncertified",
+        config_id=CONFIG.config_id,
+        episode_id="shift",
+    )
+    desk.store.close_minutes(None, ClosedMinutes(1, [], {}), [found])
     desk.act("silence", "quiet", Silence(moment(NOW + 3600), deployment="shop", note=HOSTILE[0]))
 
 

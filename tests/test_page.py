@@ -29,8 +29,9 @@ from monitor.api.rim import path_of
 from monitor.api.views import ago, legible, utc
 from monitor.detect.conversation import step
 from monitor.events import Finding
+from monitor.matchers import Matcher
 from monitor.store import open_store
-from monitor.store.store import TrajectoryPoint
+from monitor.store.store import ClosedMinutes, TrajectoryPoint
 
 GUARDED = ("/", "/?status=open", "/sessions?id=falls", "/sessions/falls", "/sessions/nobody", "/sessions")
 
@@ -373,6 +374,48 @@ def test_the_list_says_when_an_empty_one_means_little(tmp_path: Path) -> None:
         desk.now = NOW + 3 * 86_400
         assert "No session fits" in client.get("/").text
         assert order(client.get("/?since=any")) == ["falls", "calm"]
+
+
+def test_a_fleet_shift_stands_above_everything_until_somebody_has_it_or_a_day_is_over(tmp_path: Path) -> None:
+    with served(tmp_path, keys=False) as desk, desk.visitor() as client:
+        desk.fold(drifting("falls"))
+        shift = replace(
+            findings_of("x")[0],
+            id="shift",
+            episode_id="shift",
+            conversation_id="",
+            kind="fleet_shift",
+            severity="warning",
+        )
+        shift = replace(shift, deployment=HOSTILE[1], time="2026-01-01T00:05:00Z")
+        desk.store.close_minutes(None, ClosedMinutes(1, [], {}), [shift])
+        page = client.get("/")
+        assert "&lt;img src=x onerror=alert(1)&gt;</bdi> has shifted</b>, 5 min ago" in page.text
+        assert page.text.index("has shifted") < page.text.index("<h1")
+        token = hidden(page)
+        client.post("/act", data={"do": "acknowledge", "alert": "shift", "token": token})
+        page = client.get("/")
+        assert "has shifted" in page.text and "Seen by <bdi>no key</bdi>" in page.text
+        desk.now = NOW + 86_400
+        assert "has shifted" not in client.get("/").text
+        desk.now = NOW
+        assert client.post("/act", data={"do": "resolve", "alert": "shift", "token": token}).status_code == 403
+        token = hidden(client.get("/"))  # of the visit that began a day later
+        client.post("/act", data={"do": "resolve", "alert": "shift", "token": token})
+        assert "has shifted" not in client.get("/").text
+
+
+def test_a_session_names_the_silences_that_are_about_it(tmp_path: Path) -> None:
+    with served(tmp_path, keys=False) as desk, desk.visitor() as client:
+        desk.fold(drifting("falls"))
+        until = "2026-01-02T00:00:00Z"
+        desk.act("silence", "yes", Silence(until, matchers=(Matcher("deployment", "=~", "sh.*"),)))
+        desk.act("silence", "no", Silence(until, matchers=(Matcher("severity", "!=", "critical"),)))
+        desk.act("silence", "over", Silence("2026-01-01T00:01:00Z", note="over"))
+        text = unescape(client.get("/sessions/falls").text)
+        assert desk.session("falls").severity == "critical"
+        assert 'Silent already: deployment=~"sh.*", until' in text and "severity!=" not in text
+        assert "2 silences" in client.get("/").text
 
 
 def test_an_empty_installation_says_what_is_missing(tmp_path: Path) -> None:

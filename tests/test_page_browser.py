@@ -47,7 +47,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 def tab(browser: Any, width: int = 1280, height: int = 800, **options: Any) -> Iterator[Any]:
     """A tab in a fresh profile, which fails if the page complained, or asked anybody else for anything."""
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -111,7 +111,8 @@ def test_the_keyboard_is_enough(browser: Any, tmp_path: Path) -> None:
     with served(tmp_path, keys=True) as desk, tab(browser) as page:
         desk.fold(drifting("falls") + steady("calm"))
         page.goto(desk.url)
-        page.keyboard.type(desk.tokens["act"])  # the field has the focus
+        page.wait_for_function("document.activeElement.id === 'key'")
+        page.keyboard.type(desk.tokens["act"])
         page.keyboard.press("Enter")
         page.wait_for_selector(".rows")
         focus_on(page, "falls")

@@ -22,6 +22,7 @@ from monitor.api.views import (
     conversation_link,
     done,
     in_force,
+    labels_of,
     ordered,
     seconds_of,
     standing,
@@ -166,6 +167,8 @@ class Desk:
         opened = next((one for one in reversed(findings) if one.episode_id == episode), None)
         kind = session.kind or (opened.kind if opened else None)
         links = self._links
+        seen = labels_of(session, fate.alert, kind)
+        quiet = in_force(self._store.actions("silence/"), now)
         return {
             "now": now,
             "session": session,
@@ -186,7 +189,7 @@ class Desk:
                 ("narrow", chart_of(points, findings, 350.0)),
             ],
             "verdict": done(key, self._store.actions(key).get(key)),
-            "silences": [one for one in in_force(self._store.actions("silence/"), now) if one.concerns(session, kind)],
+            "silences": [one for one in quiet if one.silence.mutes(seen)],
             "kind": kind,
             "shadow": shadow,
             "viewer": conversation_link(links.conversation_url, conversation_id),

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import quote
 
 from monitor.actions import Action, Body, Silence, body_of, decode_action
-from monitor.alert import Alert
+from monitor.alert import Alert, labels
 from monitor.errors import EventError
 from monitor.events import Finding
 from monitor.store.store import Session
@@ -31,6 +31,7 @@ __all__ = [
     "conversation_link",
     "done",
     "in_force",
+    "labels_of",
     "legible",
     "moment",
     "ordered",
@@ -114,23 +115,13 @@ class Quiet(NamedTuple):
     def about(self) -> str:
         """What it keeps quiet."""
         one = self.silence
-        matchers = getattr(one, "matchers", ())
         parts = [
             f"conversation {legible(one.conversation_id)}" if one.conversation_id else "",
             KINDS.get(one.kind, legible(one.kind)) if one.kind else "",
             f"deployment {legible(one.deployment)}" if one.deployment else "",
-            legible(matchers if isinstance(matchers, str) else ", ".join(map(str, matchers))),
+            *(legible(each) for each in one.matchers),
         ]
         return ", ".join(part for part in parts if part) or "everything"
-
-    def concerns(self, session: Session, kind: str | None) -> bool:
-        """Whether it keeps quiet what this session may bring; one with matchers of its own is taken to."""
-        one = self.silence
-        return (
-            one.deployment in (None, session.deployment)
-            and one.conversation_id in (None, session.conversation_id)
-            and one.kind in (None, kind)
-        )
 
 
 # Words
@@ -199,6 +190,22 @@ def standing(session: Session, *, over: bool) -> Standing:
     if session.risk is not None:
         return "inside"
     return "learning" if session.outcome == "learning" else "unjudged"
+
+
+def labels_of(session: Session, alert: Alert | None, kind: str | None) -> dict[str, str]:
+    """What silences see of it: its alert's labels, or those that an alert of it would have, where they are known."""
+    if alert is not None:
+        return labels(alert)
+    found = {
+        "alertname": "AnchorwatchPersonaDrift",
+        "severity": session.severity or "",
+        "kind": kind or "",
+        "deployment": session.deployment,
+        "model": session.model,
+        "conversation_id": session.conversation_id,
+        "episode_id": session.episode_id or "",
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def ordered(sessions: Sequence[Session], stands: Callable[[Session], Standing]) -> list[Session]:
