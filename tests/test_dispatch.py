@@ -284,14 +284,15 @@ def test_what_is_silenced_leaves_the_outbox_and_is_told_when_the_silence_ends(ho
     assert house.channel.told[1][0] == "c"
 
 
-def test_a_silence_that_is_withdrawn_ends_at_once(house: House) -> None:
+@pytest.mark.parametrize("seconds", [1.1, 6.0])  # what is read by itself, and with the dispatcher's own notes
+def test_a_silence_that_is_withdrawn_ends_at_once(house: House, seconds: float) -> None:
     append_action(house.log, "silence", "s", Silence("2026-06-01T13:00:00Z"), by="ann")
     house.say("c", LOW)
     house.work()
     house.dispatch()
     assert house.channel.told == []
     withdraw(house.log, "silence", ["s"])
-    house.pass_time(1.1)
+    house.pass_time(seconds)
     house.dispatch()
     assert [conversation for conversation, _ in house.channel.told] == ["c"]
 
