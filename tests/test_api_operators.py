@@ -25,6 +25,7 @@ from monitor.actions import Acknowledgement, Action, Paging, Silence, append_act
 from monitor.alert import Alert
 from monitor.api.acting import Done
 from monitor.api.alert_table import AlertTable
+from monitor.api.cursors import write_cursor
 from monitor.api.rim import path_of
 from monitor.api.silences import silenced_by
 from monitor.fleet import FleetReader
@@ -164,6 +165,14 @@ def test_a_search_that_finds_little_ends_and_can_be_gone_on_with(
         assert first["sessions"] == [] and first["next"]
         assert pages(client, "/v1/sessions", "sessions", model="another") == []
         assert len(pages(client, "/v1/sessions", "sessions", model="toy", limit=3)) == 41 + len(NAMES)
+
+
+@pytest.mark.parametrize("path", ["/v1/sessions", "/v1/findings", "/v1/alerts"])
+def test_a_cursor_that_is_none_is_refused(api: Interface, path: str) -> None:
+    wrong = ["", "x", "!", "é", "aa", "e30", "bnVsbA", "W10", "WzEsMl0", "WzEsMiwzXQ", "//8", write_cursor("[" * 900)]
+    with api.client() as client:
+        for cursor in wrong:
+            assert "cursor" in problem(client.get(path, params={"cursor": cursor}), 400)["detail"], cursor
 
 
 def test_one_session_has_its_trajectory_findings_alerts_and_verdict(api: Interface) -> None:
