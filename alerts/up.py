@@ -15,6 +15,7 @@ from typing import NamedTuple
 import structlog
 from rich.console import Console
 
+from alerts.config import load
 from alerts.dispatch import make
 from monitor import connect, telemetry
 from monitor.api.auth import Keys, read_keys
@@ -92,7 +93,7 @@ def running(
         )
     listener = listen(settings.api_host, settings.api_port)
     with listener, _opened(settings) as (log, store), _opened(settings) as (alerts_log, alerts_store):
-        app = application(settings, log, store, keys)
+        app = application(_linked(settings), log, store, keys)
         dispatcher = make(settings, alerts_log, alerts_store, out)
         parts = [
             _Part("worker", lambda stop: fold(settings, config, stop, on_step), stop),
@@ -111,6 +112,20 @@ def running(
     for part in parts:
         if part.error is not None:
             raise part.error
+
+
+def _linked(settings: Settings) -> Settings:
+    """With the links of the rules of alerts, where the page is given none of its own."""
+    if settings.alerts_file is None:
+        return settings
+    rules = load(settings.alerts_file)
+    return settings.model_copy(
+        update={
+            "page_url": settings.page_url or rules.external_url,
+            "page_conversation_url": settings.page_conversation_url or rules.conversation_url,
+            "page_runbook_url": settings.page_runbook_url or rules.runbook_url,
+        }
+    )
 
 
 @contextmanager
