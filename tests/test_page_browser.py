@@ -121,7 +121,7 @@ def test_the_keyboard_is_enough(browser: Any, tmp_path: Path) -> None:
         focus_on(page, "Acknowledge")
         page.keyboard.press("Enter")
         assert "Acknowledged" in page.get_by_role("status").inner_text()
-        assert page.url == f"{desk.url}/sessions/falls"
+        page.wait_for_url(f"{desk.url}/sessions/falls")
         assert list(desk.acted()) == [f"acknowledge/{desk.session('falls').episode_id}"]
         page.goto(desk.url)
         page.keyboard.press("Tab")
@@ -186,7 +186,7 @@ def test_it_keeps_fresh_and_disturbs_nobody(browser: Any, tmp_path: Path) -> Non
                 arg=before,
             )
             assert note.input_value() == "half a word" and note.evaluate("e => e === document.activeElement")
-            assert page.locator("#stale").is_hidden()
+            page.locator("#stale").wait_for(state="hidden")
             assert page.said == []
         page.evaluate(LOOK)  # nobody is there any more
         page.get_by_text("The server does not answer").wait_for()

@@ -4,8 +4,11 @@
 const EVERY = 10_000;
 const stale = document.getElementById("stale");
 let shownAt = Date.now();
+let asked = 0;
+let shown = 0;
 
 async function refresh() {
+  const mine = ++asked;
   const address = new URL(location.href);
   address.searchParams.delete("done");
   const answer = await fetch(address, { cache: "no-store", signal: AbortSignal.timeout(EVERY) });
@@ -15,6 +18,8 @@ async function refresh() {
   }
   if (!answer.ok) throw new Error(answer.status);
   const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (mine < shown) return; // one that was asked later was faster
+  shown = mine;
   for (const part of document.querySelectorAll("[data-live]")) {
     const next = fresh.getElementById(part.id);
     if (next && next.innerHTML !== part.innerHTML) replace(part, next);
