@@ -111,7 +111,7 @@ def test_the_keyboard_is_enough(browser: Any, tmp_path: Path) -> None:
     with served(tmp_path, keys=True) as desk, tab(browser) as page:
         desk.fold(drifting("falls") + steady("calm"))
         page.goto(desk.url)
-        page.wait_for_function("document.activeElement.id === 'key'")
+        page.locator("#key:focus").wait_for()
         page.keyboard.type(desk.tokens["act"])
         page.keyboard.press("Enter")
         page.wait_for_selector(".rows")
@@ -172,19 +172,17 @@ def test_it_keeps_fresh_and_disturbs_nobody(browser: Any, tmp_path: Path) -> Non
             page.get_by_role("link", name="falls").focus()
             desk.fold(turns[2:8])
             page.evaluate(LOOK)
-            page.wait_for_function("document.querySelector('h1').innerText.includes('1 conversation is drifting now')")
+            page.locator("h1", has_text="1 conversation is drifting now").wait_for()
             assert "1 drifting" in page.title()
             assert page.evaluate("document.activeElement.innerText") == "falls"
             page.get_by_role("link", name="falls").click()
             note = page.get_by_label("Why, in a few words").first
             note.fill("half a word")
-            before = page.locator("svg.chart.wide circle, svg.chart.wide path").count()
+            replies = page.locator("svg.chart.wide :is(circle, path)")
+            before = replies.count()
             desk.fold(turns[8:])
             page.evaluate(LOOK)
-            page.wait_for_function(
-                "count => document.querySelectorAll('svg.chart.wide circle, svg.chart.wide path').length > count",
-                arg=before,
-            )
+            replies.nth(before).wait_for()
             assert note.input_value() == "half a word" and note.evaluate("e => e === document.activeElement")
             page.locator("#stale").wait_for(state="hidden")
             assert page.said == []
