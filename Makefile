@@ -14,6 +14,8 @@ TORCH_INDEX ?=
 # How long to inject faults, and the seed of the first round; by default another one every time.
 SECONDS ?= 600
 SEED ?=
+# How many processes the tests run in; each takes about 1 GB. Much of their time is waiting.
+PROCESSES ?= 2
 # More arguments for what is run: make demo ARGS=--json, make test ARGS="-k bundle", make bench ARGS="--rounds 20".
 ARGS ?=
 
@@ -35,8 +37,10 @@ setup: $(INSTALLED)  ## make .venv and install everything, exact versions
 demo: $(INSTALLED)  ## watch a real model talk, and see drifting conversations flagged (ARGS=--json for machines)
 	$(BIN)/anchorwatch demo $(ARGS)
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+# Tests start Python some hundred times: without kept bytecode each start compiles the packages anew.
+test: export PYTHONDONTWRITEBYTECODE =
+test: $(INSTALLED)  ## run the tests, in PROCESSES=2
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile $(ARGS)
 
 soak: $(INSTALLED)  ## kill, freeze, wipe and fill up real parts for SECONDS=600, and check that nothing is lost or twice
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -176,14 +176,17 @@ def _recorded(places: tuple[str, ...], tell: Tell) -> Sources:
 
 def _logged(choices: Choices, tell: Tell) -> Sources:
     from collectors.logs import log_files
-    from collectors.shards import score_logs
-    from collectors.witness import load_witness
 
     # An audit that was written among the logs is no log.
     own = {(choices.out / name).resolve() for name in WRITTEN}
     files = [file for file in log_files(choices.paths) if file == "-" or Path(file).resolve() not in own]
     if not files:
         raise ConfigurationError("there are no logs but an audit's own files", cure="check the paths")
+
+    # Only now: torch takes seconds, and a mistyped path is told without.
+    from collectors.shards import score_logs
+    from collectors.witness import load_witness
+
     make = functools.partial(
         load_witness,
         choices.model,

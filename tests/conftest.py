@@ -7,7 +7,7 @@ in a real model, at a thousandth of the cost.
 from __future__ import annotations
 
 import inspect
-import sys
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,9 +25,14 @@ from servers import (  # noqa: F401
     own_redis,
     shared_redis,
 )
+from shares import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401
 
 from monitor.axis.bundle import Bundle, BundleInfo, new_bundle
 from monitor.events import Projection
+
+# Before torch is imported, here and by whatever a test starts: tiny tensors gain nothing from several threads, and lose
+# much where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A machine that is busy is no failure: nothing here is judged by the clock. Every run tries the same examples, so that
 # a change is judged by what it changes; `--hypothesis-profile search` looks for new ones, ten times as many.
@@ -63,14 +68,6 @@ class Collected:
     def publish(self, projection: Projection) -> bool:
         self.projections.append(projection)
         return True
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tiny tensors gain nothing from several threads, and lose much where the cores are busy."""
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

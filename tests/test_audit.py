@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from service import AXIS, CONFIG, POISON, message, projection, traffic
-from tiny import environment
+from tiny import environment, here
 
 from monitor import audit as audit_module
 from monitor import tables as tables_module
@@ -839,7 +839,7 @@ def test_an_audit_written_among_the_logs_is_no_log(tmp_path: Path, model_folder:
     written_log(tmp_path / "log.jsonl", 2)
     options = witness_options(model_folder, calibrated)
     for _ in range(2):
-        done = anchorwatch(tmp_path, "--out", tmp_path, "--json", "--format", "jsonl", *options)
+        done = here("audit", tmp_path, "--out", tmp_path, "--json", "--format", "jsonl", *options)
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout)
         assert said["conversations"] == 2 and said["skipped"] == 1
@@ -980,7 +980,7 @@ def test_no_file_holds_conversation_text(tmp_path: Path, model_folder: Path, cal
 
 def test_with_text_only_the_report_quotes_and_says_so(tmp_path: Path, model_folder: Path, calibrated: Path) -> None:
     log, out = written_log(tmp_path / "log.jsonl"), tmp_path / "out"
-    done = anchorwatch(log, "--out", out, "--with-text", *witness_options(model_folder, calibrated))
+    done = here("audit", log, "--out", out, "--with-text", *witness_options(model_folder, calibrated))
     assert done.returncode == 0, done.stderr
     page = (out / "report.html").read_text()
     assert WORDS[0] in page and WORDS[1] in page and WORDS[2] not in page
@@ -1009,7 +1009,7 @@ def test_the_logs_own_baseline_scores_once_and_says_what_it_assumes(
     tmp_path: Path, model_folder: Path, calibrated: Path
 ) -> None:
     log, out = written_log(tmp_path / "log.jsonl", 24), tmp_path / "out"
-    done = anchorwatch(log, "--out", out, "--self", *witness_options(model_folder, calibrated))
+    done = here("audit", log, "--out", out, "--self", *witness_options(model_folder, calibrated))
     assert done.returncode == 0, done.stderr
     assert {row["baseline"] for row in by_id(out, "parquet").values()} == {"self"}
     assert {row["certification"] for row in by_id(out, "parquet").values()} == {"uncertified"}
@@ -1024,7 +1024,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_rest_gives_the_same_rows(
     log = written_log(tmp_path / "log.jsonl", 320, 3)
     options = witness_options(model_folder, calibrated)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert anchorwatch(log, "--out", whole, *options).returncode == 0
+    assert here("audit", log, "--out", whole, *options).returncode == 0
     process = subprocess.Popen(
         command(log, "--out", cut, *options),
         env=environment(),
@@ -1042,7 +1042,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_rest_gives_the_same_rows(
     assert ".shards" in said and "same command again" in " ".join(said.split()) and "Traceback" not in said
     assert names(cut) == {".shards"}
     kept = {path: path.stat().st_mtime_ns for path in cut.glob(".shards/*.gz")}
-    assert anchorwatch(log, "--out", cut, *options).returncode == 0
+    assert here("audit", log, "--out", cut, *options).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was scored is not scored again"
     for table in COLUMNS:
         assert (cut / f"{table}.parquet").read_bytes() == (whole / f"{table}.parquet").read_bytes()
@@ -1075,7 +1075,7 @@ def test_a_log_of_the_witness_itself_is_certified_as_its_calibration_says(
     log = written_log(tmp_path / "log.jsonl", 3)
     options = [*witness_options(model_folder, calibrated), "--calibration", tmp_path / "own.json"]
     for deployment, expected in ((name, True), ("another", False)):
-        done = anchorwatch(log, "--out", tmp_path / deployment, "--deployment", deployment, "--json", *options)
+        done = here("audit", log, "--out", tmp_path / deployment, "--deployment", deployment, "--json", *options)
         assert done.returncode == 0, done.stderr
         (one,) = json.loads(done.stdout)["deployments"]
         assert (one["deployment"], one["certified"]) == (deployment, expected)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Built, environment, small_catalogue
+from tiny import Built, environment, here, small_catalogue
 from typer.testing import CliRunner
 
 from collectors.publish import QueuePublisher
@@ -278,7 +278,7 @@ def test_a_deployment_is_calibrated_audited_and_backtested(
 ) -> None:
     own, log = tmp_path / "own.json", logged(tmp_path / "log.jsonl", 40)
     with_model = ("--bundle", calibrated, "--model", model_folder)
-    done = anchorwatch("calibrate", log, "--out", own, "--budget", "0.05", *with_model, "--json")
+    done = here("calibrate", log, "--out", own, "--budget", "0.05", *with_model, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["deployments"]["bank"]["certification"] == "certified"
@@ -288,11 +288,11 @@ def test_a_deployment_is_calibrated_audited_and_backtested(
 
     # The audit judges by it, and its folder is what a backtest reads.
     audit = tmp_path / "audit"
-    done = anchorwatch("audit", log, "--out", audit, "--calibration", own, *with_model)
+    done = here("audit", log, "--out", audit, "--calibration", own, *with_model)
     assert done.returncode == 0, done.stderr
     verdicts = tmp_path / "verdicts.csv"
     verdicts.write_text("conversation_id,label\n" + "".join(f"c{i},healthy\n" for i in range(40)))
-    done = anchorwatch(
+    done = here(
         *("backtest", audit, "--config", own, "--config", calibrated, "--verdicts", verdicts, "--json", *with_model)
     )
     assert done.returncode == 0, done.stderr
@@ -302,23 +302,21 @@ def test_a_deployment_is_calibrated_audited_and_backtested(
     assert mine["responses"] == sum(2 + i % 3 for i in range(40))
     assert mine["scores"]["healthy"] == 40 and mine["scores"]["false_alarms"] <= 4
     assert theirs["verdicts"] == {"unjudged": 40}  # the bundle's own calibration does not know this deployment
-    by_logs = anchorwatch(
-        *("backtest", log, "--logs", "--work", tmp_path / "work", "--config", own, "--json", *with_model)
-    )
+    by_logs = here(*("backtest", log, "--logs", "--work", tmp_path / "work", "--config", own, "--json", *with_model))
     assert json.loads(by_logs.stdout)["configs"][str(own)]["verdicts"] == mine["verdicts"]
     for command in (["calibrate", log, "--out", tmp_path / "again.json", "--budget", "0.05"], ["backtest", audit]):
-        told = anchorwatch(*command, *(["--config", own] if "backtest" in command else []), *with_model)
+        told = here(*command, *(["--config", own] if "backtest" in command else []), *with_model)
         assert (told.returncode == 0 and "bank" in told.stdout) or "conversations" in told.stdout, told.stderr
 
 
 def test_too_few_conversations_exit_1_and_write_nothing(model_folder: Path, calibrated: Path, tmp_path: Path) -> None:
     log = logged(tmp_path / "log.jsonl", 60, users=12)
     with_model = ("--bundle", calibrated, "--model", model_folder, "--work", tmp_path / "work")
-    done = anchorwatch("calibrate", log, "--out", tmp_path / "own.json", *with_model)
+    done = here("calibrate", log, "--out", tmp_path / "own.json", *with_model)
     assert done.returncode == 1
     assert "REFUSED" in done.stdout and "at least 132" in done.stdout and "48 conversations left out" in done.stdout
     assert not (tmp_path / "own.json").exists()
-    done = anchorwatch("calibrate", log, "--out", tmp_path / "own.json", "--uncertified", *with_model)
+    done = here("calibrate", log, "--out", tmp_path / "own.json", "--uncertified", *with_model)
     assert done.returncode == 0 and "UNCERTIFIED" in done.stdout
     assert DetectorConfig.from_json((tmp_path / "own.json").read_bytes()).boundaries_of("bank").certification == (
         "uncertified"

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from conftest import tiny_bundle
 from hypothesis import given
 from hypothesis import strategies as st
+from signed import Signed, pieces
 from tiny import IMPORTABLE, environment
 from transcripts import talk, write_log
 
@@ -444,18 +444,6 @@ def test_ray_gives_the_same_rows(
     assert after.pop(stale.name) and after == before
     witness.scored.clear()
     assert bits(scored(files, tmp_path / "ray", witness)) == bits(local) and not witness.scored
-
-
-class Signed:
-    """Works, and says in which process."""
-
-    def __call__(self, piece: int) -> tuple[int, int]:
-        time.sleep(0.05)  # long enough that one process alone can't have been quick enough for all
-        return piece, os.getpid()
-
-
-def pieces(file: str) -> Iterator[int]:
-    yield from range(int(file))
 
 
 def test_one_large_file_keeps_all_actors_busy(cluster: Any) -> None:

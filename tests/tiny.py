@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def environment(**more: str) -> dict[str, str]:
         "TERM": "dumb",
         **more,
     }
+
+
+def here(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A command line in this process, which has torch already: one of its own takes seconds to import it.
+
+    For what depends on no signal, no standard input and no error on the way out.
+    """
+    from typer.testing import CliRunner
+
+    from monitor.__main__ import app
+
+    words = [str(argument) for argument in arguments]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb", **settings}, catch_exceptions=False)
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
 def small_catalogue() -> Catalogue:
