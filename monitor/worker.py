@@ -61,6 +61,7 @@ class _Share:
         self.config = config
         self.topic_id = topic_id
         self.partitions = partitions
+        self.began = False
         self.poison: tuple[bool, ...] = ()
         self.cache: OrderedDict[str, ConversationState] = OrderedDict()
 
@@ -319,6 +320,10 @@ class Worker:
             _log.error("records came again; they are read anew", topic=self.topic, partition=batch.partition)
             self._drop(batch.partition)
             return self._settle()
+        if not share.began:
+            share.began = True
+            # A topic that is made by its first record had no id until now.
+            share.topic_id = share.topic_id or self._log.span(self.topic, batch.partition).topic_id
         folded = self._fold_records(batch, share)
         settled = self._settle()
         if self._shares.get(batch.partition) is not share:  # what this was folded from is not what the store has

@@ -437,6 +437,20 @@ def test_a_position_that_retention_overtook_is_a_loud_stop(log: EmbeddedLog, sto
     assert "move the store aside" in caught.value.cure
 
 
+def test_who_was_there_before_the_first_record_knows_the_log_again(
+    log: EmbeddedLog, store: SqliteStore, tmp_path: Path
+) -> None:
+    worker = Worker(log, store, CONFIG)
+    worker.run_once()
+    log.append(PROJECTIONS, [message(projection("a", 0))])
+    drain(worker)
+    other = EmbeddedLog(tmp_path / "other.db")
+    other.append(PROJECTIONS, [message(projection("a", 0))])
+    with pytest.raises(StoreError, match="another log"):
+        Worker(other, store, CONFIG).run_once()
+    other.close()
+
+
 def test_a_log_begun_anew_under_an_old_store_is_a_loud_stop(tmp_path: Path, store: SqliteStore) -> None:
     for directory, turns in (("old", 5), ("new", 9)):
         log = EmbeddedLog(tmp_path / directory / "log.db")
