@@ -18,13 +18,14 @@ from rich.console import Console
 from alerts.config import load
 from alerts.dispatch import make
 from monitor import connect, telemetry
+from monitor.ages import show_axis_age
 from monitor.api.auth import Keys, read_keys
 from monitor.api.server import is_loopback, listen, serving
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import ConfigurationError
 from monitor.service import fold
 from monitor.serving import address, application, keys_file
-from monitor.settings import Settings, load_settings
+from monitor.settings import Settings
 from monitor.store import Backend
 from monitor.stream.log import Log
 from monitor.worker import Listener, collect_rarely, stop_on_signals
@@ -141,15 +142,15 @@ def _opened(settings: Settings) -> Iterator[tuple[Log, Backend]]:
         log.close()
 
 
-def up(config: DetectorConfig, settings: Settings | None = None) -> None:
-    """Run everything until SIGTERM or Ctrl-C, and say where the page is.
+def up(bundle: str, config: DetectorConfig, settings: Settings) -> None:
+    """Run everything until SIGTERM or Ctrl-C, and say where the page is. `bundle`: the axis in use, for its age.
 
     Raises:
         ConfigurationError, LogError, StoreError: it can't begin, or somebody must look.
     """
-    settings = settings or load_settings()
     stop = stop_on_signals()
     telemetry.serve_metrics(settings.metrics_port)
+    show_axis_age(bundle, config.axis_id)
     collect_rarely()
     out = None if settings.alerts_file else settings.data_dir / "alerts.jsonl"
     with running(settings, config, out=out, stop=stop) as found:

@@ -208,7 +208,7 @@ def up(bundle: BundleName = "smollm2", calibration: CalibrationFile = None) -> N
     from monitor import connect
 
     settings = load_settings()
-    run(connect.calibration(bundle if calibration is None else str(calibration), settings), settings)
+    run(bundle, connect.calibration(bundle if calibration is None else str(calibration), settings), settings)
 
 
 @app.command()

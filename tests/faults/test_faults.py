@@ -20,7 +20,7 @@ from faults.soak import summary
 SEED = int(os.environ.get("ANCHORWATCH_TEST_SEED") or random.SystemRandom().randrange(1_000_000))
 
 QUICK: dict[str, Callable[[Path, int], Outcome]] = {
-    "kills-tansu": lambda d, s: scenarios.kills(d, s, rounds=4),
+    "kills-and-a-zombie-tansu": lambda d, s: scenarios.kills(d, s, rounds=4, freezes=1),
     "dispatcher-kills-embedded": lambda d, s: scenarios.dispatcher_kills(d, s, rounds=4),
     "zombie-embedded": lambda d, s: scenarios.zombie(d, s, freezes=1, broker=None, redis=False),
     "store-away-tansu": lambda d, s: scenarios.store_away(d, s, seconds=1.5),
