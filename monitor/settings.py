@@ -437,9 +437,9 @@ def _told(location: tuple[int | str, ...], message: str, value: object) -> str:
     """One problem in a line, or several of several settings. A secret's value is never repeated, nor a URL that may
     hold one."""
     text = message.removeprefix("Value error, ")
-    text = text[0].lower() + text[1:]
     if not location:  # about several: each by the name that people set it by
         return _FIELDS.sub(lambda found: PREFIX + found[0].upper(), text)
+    text = text[0].lower() + text[1:]
     field = str(location[0])
     secret = field in ("installation_key", "kafka_password") or "@" in str(value)
     got = "" if secret else f" (got {value!r})"

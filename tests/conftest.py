@@ -33,6 +33,9 @@ from monitor.events import Projection
 # Before torch is imported, here and by whatever a test starts: tiny tensors gain nothing from several threads, and lose
 # much where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest-xdist tells its processes how wide a terminal is, and a console keeps what it finds when it is made.
+for _size in ("COLUMNS", "LINES"):
+    os.environ.pop(_size, None)
 
 # A machine that is busy is no failure: nothing here is judged by the clock. Every run tries the same examples, so that
 # a change is judged by what it changes; `--hypothesis-profile search` looks for new ones, ten times as many.

@@ -488,7 +488,7 @@ def test_labels_of_the_map_never_overlap_nor_leave_it(roles: dict[str, Any], tal
 # In a browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if BROWSER is None:
         pytest.skip("there is no Chromium here")

@@ -446,7 +446,7 @@ def _compiled_like(model: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.long), "gemma3"])
 def test_a_compiled_forward_gives_the_same_numbers(
     family: str, tiny_models: Any, tokenizer: Any, bundles: Any, prompts: Any
 ) -> None:
@@ -463,9 +463,16 @@ def test_a_compiled_forward_gives_the_same_numbers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("before", [False, True], ids=["watched-first", "compiled-first"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "before", "fullgraph"),
+    [  # by default those four in which every two choices meet
+        pytest.param(family, before, fullgraph, marks=[pytest.mark.long] if even ^ before ^ fullgraph else [], id=name)
+        for even, family in enumerate(["llama", "gemma3"])
+        for before, when in enumerate(["watched-first", "compiled-first"])
+        for fullgraph in (False, True)
+        for name in [f"{family}-{when}-{fullgraph}"]
+    ],
+)
 def test_generates_own_compilation_gives_the_same_numbers(
     family: str, before: bool, fullgraph: bool, tiny_models: Any, tokenizer: Any, bundles: Any, prompts: Any
 ) -> None:
