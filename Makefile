@@ -42,7 +42,7 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(INSTALLED)  ## run the tests, in PROCESSES=2
 	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile $(ARGS)
 
-soak: $(INSTALLED)  ## tests marked long; then faults injected for SECONDS=600, checked that nothing is lost or twice
+soak: $(INSTALLED)  ## the tests marked long, then faults injected for SECONDS=600, checked that nothing is lost or twice
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -m long)
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
