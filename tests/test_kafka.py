@@ -1020,9 +1020,15 @@ def test_settings_become_options(environment: Callable[..., None], tmp_path: Pat
             "OAUTHBEARER sends the token for everybody to read",
         ),
         ({"security_protocol": "sasl_ssl"}, "needs ANCHORWATCH_KAFKA_SASL_MECHANISM"),
-        ({"sasl_mechanism": "SCRAM-SHA-512", "username": "u", "password": "p"}, "needs ANCHORWATCH_KAFKA_SECURITY_PROTOCOL=sasl"),
+        (
+            {"sasl_mechanism": "SCRAM-SHA-512", "username": "u", "password": "p"},
+            "needs ANCHORWATCH_KAFKA_SECURITY_PROTOCOL=sasl",
+        ),
         ({"security_protocol": "sasl_ssl", "sasl_mechanism": "SCRAM-SHA-512"}, "needs ANCHORWATCH_KAFKA_USERNAME"),
-        ({"security_protocol": "sasl_ssl", "sasl_mechanism": "OAUTHBEARER"}, "- OAUTHBEARER needs ANCHORWATCH_KAFKA_TOKEN_FILE or"),
+        (
+            {"security_protocol": "sasl_ssl", "sasl_mechanism": "OAUTHBEARER"},
+            "- OAUTHBEARER needs ANCHORWATCH_KAFKA_TOKEN_FILE or",
+        ),
         (
             {"security_protocol": "sasl_ssl", "sasl_mechanism": "OAUTHBEARER", "token_url": "https://t"},
             "client's id and secret",
