@@ -256,8 +256,11 @@ def _email(section: Section, receiver: str, index: int) -> EmailConfig:
 
 def _log(section: Section, receiver: str, index: int) -> LogConfig:
     path = section.file("path")
-    if path is not None and (not path.parent.is_dir() or path.is_dir()):
-        section.wrong("path", f"{path} can't be a file: its folder must exist")
+    try:
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            section.wrong("path", f"{path} can't be a file: its folder must exist")
+    except OSError as error:
+        section.wrong("path", f"{path} can't be looked for: {error.strerror}")
     return LogConfig(receiver=receiver, index=index, send_resolved=section.truth("send_resolved", True), path=path)
 
 

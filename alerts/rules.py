@@ -61,6 +61,10 @@ class Rules:
         except ConfigurationError as error:
             self.refused(error)
             return None
+        except Exception:  # a fault of the reader's must not end a dispatcher whose rules are good
+            telemetry.ALERTS_CONFIG_LOADED.set(0)
+            _log.exception("the rules and routes can't be read; those before stay in force", file=str(self._path))
+            return None
         self.config = config
         return config
 

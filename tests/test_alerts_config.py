@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from alerts.section import Section, duration
 from monitor.alert import Alert, labels
 from monitor.errors import ConfigurationError
 from monitor.events import Kind, Severity
-from monitor.matchers import Matcher
+from monitor.matchers import Matcher, matches
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "alerts.md"
@@ -100,6 +101,20 @@ def test_what_ships_is_right_and_needs_no_secret() -> None:
         "alertmanager/alertmanager[0]",
         "alertmanager/log[0]",
     ]
+
+
+@pytest.mark.parametrize("name", ["document", "deploy"])
+def test_only_a_fleet_that_has_fallen_mutes_and_only_warnings(write: Write, name: str) -> None:
+    config = load(write(EXAMPLE) if name == "document" else ROOT / "deploy" / "alerts" / "alerts.yaml")
+    (rule,) = config.inhibit_rules
+    fleet = {
+        severity: matches(rule.source, {"kind": "fleet_shift", "severity": severity}) for severity in get_args(Severity)
+    }
+    single = {
+        severity: matches(rule.target, {"kind": "dip", "severity": severity}) for severity in ("warning", "critical")
+    }
+    assert {severity for severity, mutes in fleet.items() if mutes} == {"warning"}
+    assert single == {"warning": True, "critical": False}
 
 
 def test_what_ships_can_be_uncommented(write: Write) -> None:
@@ -190,6 +205,19 @@ def test_every_mistake_is_told_at_once_with_its_line(write: Write) -> None:
 
 
 RECEIVER = "route: {receiver: ops}\nreceivers:\n  - name: ops\n    "
+
+
+@pytest.mark.parametrize("path", ["n" * 300, "n" * 300 + "/file", "f/" * 3000 + "file"])
+def test_a_log_file_that_can_not_be_looked_for_is_a_mistake_in_the_file(write: Write, path: str) -> None:
+    said = refused(write(RECEIVER + f"log_configs: [{{path: {path}}}]"))
+    assert "line 4: " in said and "log_configs[0].path: " in said and "too long" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_log_file_in_a_folder_that_is_closed_to_us_is_a_mistake_in_the_file(write: Write, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    assert "Permission denied" in refused(write(RECEIVER + f"log_configs: [{{path: {closed / 'folder' / 'file'}}}]"))
 
 
 @pytest.mark.parametrize(

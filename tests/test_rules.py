@@ -15,8 +15,10 @@ import pytest
 from msgspec.structs import replace
 from receiver import Receiver
 from service import CONFIG, message, projection
+from structlog.testing import capture_logs
 from tiny import environment
 
+from alerts.config import AlertsConfig, load
 from alerts.dispatch import open_channels, reloading
 from alerts.rules import Rules
 from monitor import telemetry
@@ -78,6 +80,27 @@ def test_what_is_wrong_changes_nothing_and_is_said_once(
     assert rules.changed() is not None
     rules.took()
     assert loaded() == 1
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("embedded null byte")])
+def test_what_the_reader_did_not_foresee_changes_nothing_either(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "alerts.yaml"
+    write(path, GOOD.format(url="http://127.0.0.1:1"))
+    broken: list[Exception] = []
+
+    def read(path: Path) -> AlertsConfig:
+        for one in broken:
+            raise one
+        return load(path)
+
+    rules = Rules(path, load=read)
+    before = rules.config
+    broken.append(error)
+    with capture_logs() as logs:
+        assert rules.changed(anyway=True) is None and rules.config is before and loaded() == 0
+    assert [(one["log_level"], "those before stay in force" in one["event"]) for one in logs] == [("error", True)]
+    broken.clear()
+    assert rules.changed(anyway=True) is not None
 
 
 def test_a_file_that_is_wrong_at_the_start_is_refused(tmp_path: Path) -> None:
