@@ -1,9 +1,9 @@
 """One POST to one receiver, that ends in bounded time and memory whatever stands at the other end.
 
-It knows no payload, no vendor, and no second try: what may pass is raised as `ChannelUnavailable`, with the seconds
-that the receiver asked for, and whoever delivers tries again. Nothing is followed, unpacked, kept between requests, or
-taken from the environment but the trusted certificates (SSL_CERT_FILE, SSL_CERT_DIR). Secrets may be in path, query,
-headers and body, so errors name none of them.
+It knows no payload, no vendor, and no second try: what may pass, or somebody can cure, is raised as `ChannelUnavailable`,
+with the seconds that the receiver asked for, and whoever delivers tries again. Nothing is followed, unpacked, kept
+between requests, or taken from the environment but the trusted certificates (SSL_CERT_FILE, SSL_CERT_DIR). Secrets may
+be in path, query, headers and body, so errors name none of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = ["Client", "Reply", "retry_after"]
 MOST_RETRY_AFTER = 3600.0
 
 _PASSING = {408, 425, 429}
+_MESSAGE = {400, 413, 422}  # what the message itself is at fault for: another one may be taken
 _WORD = re.compile(rb"[a-z]+(_[a-z]+){0,5}")
 _CURES = {
     401: "it does not accept the key: it may have been revoked; put a new one into its file",
@@ -79,10 +80,14 @@ class Client:
         With `secret_url` errors name nothing but the host; otherwise also the path, though never the query.
 
         Raises:
-            ChannelUnavailable: not now: no connection, no answer in time, or 408, 425, 429, 5xx.
-            ChannelError: never: an address that nothing is sent to, a redirect, or any other status.
+            ChannelUnavailable: not now: no connection, no answer in time, 408, 425, 429, 5xx; nor until somebody has
+                cured it: a key that is not accepted, an address that nothing is sent to, a redirect, any other status.
+            ChannelError: never: 400, 413, 422, for which this message is at fault, and no other one.
         """
-        target = parse(url, allow_private=self._allow_private)
+        try:
+            target = parse(url, allow_private=self._allow_private)
+        except ChannelError as error:
+            raise _until_cured(error) from None
         shown = target.origin if secret_url else target.origin + target.path.decode("ascii").partition("?")[0]
         self._deadline.start(self._timeout)
         try:
@@ -93,12 +98,16 @@ class Client:
                 cure="see whether it is up; a slow receiver may be given a longer `timeout`",
             ) from None
         except httpcore.LocalProtocolError:
-            raise ChannelError(
+            raise ChannelUnavailable(
                 f"nothing can be sent to {shown}: a header holds what no header may",
                 cure="see that the files of keys hold the key alone, in one line",
             ) from None
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise _no_answer(shown, error) from None
+        except ChannelUnavailable:
+            raise
+        except ChannelError as error:
+            raise _until_cured(error) from None
         if 200 <= status < 300:
             return Reply(status, answer)
         raise self._refusal(shown, status, found, answer)
@@ -160,11 +169,12 @@ class Client:
             wait = retry_after(headers.get(b"retry-after", b"").decode("latin-1"), now=self._now())
             return ChannelUnavailable(problem, cure="it is tried again", retry_after=wait)
         if 300 <= status < 400:
-            return ChannelError(
+            return ChannelUnavailable(
                 f"{problem}: a redirect, and none is followed", cure="put the address that it leads to into the rules"
             )
         cure = "see that the address is right, and that of a receiver of this type; its own log says what it misses"
-        return ChannelError(problem, cure=_CURES.get(status, cure))
+        kind = ChannelError if status in _MESSAGE else ChannelUnavailable
+        return kind(problem, cure=_CURES.get(status, cure))
 
 
 def retry_after(value: str, *, now: float) -> float | None:
@@ -177,6 +187,11 @@ def retry_after(value: str, *, now: float) -> float | None:
     except (ValueError, OverflowError, TypeError, IndexError):
         return None
     return min(max(until - now, 0.0), MOST_RETRY_AFTER)
+
+
+def _until_cured(error: ChannelError) -> ChannelUnavailable:
+    """No message is at fault for an address: a name may lead elsewhere by and by, a file be put right."""
+    return ChannelUnavailable(error.problem, cure=error.cure)
 
 
 def _no_answer(shown: str, error: Exception) -> ChannelUnavailable:

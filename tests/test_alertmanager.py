@@ -262,10 +262,14 @@ def test_nothing_goes_out_without_the_key(receiver: Receiver, tmp_path: Path, he
 def test_a_revoked_key_is_told_with_its_cure(receiver: Receiver, tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("revoked-4711")
-    receiver.script(Answer(401))
-    with pytest.raises(ChannelError, match="revoked") as caught:
-        channel(receiver.url, bearer_token_file=path).deliver(notification(alert()))
-    assert not caught.value.retry and "4711" not in str(caught.value)
+    receiver.script(Answer(401), Answer(200))
+    told = channel(receiver.url, bearer_token_file=path)
+    with pytest.raises(ChannelUnavailable, match="revoked") as caught:
+        told.deliver(notification(alert()))
+    assert "4711" not in str(caught.value)
+    path.write_text("new-4711")
+    told.deliver(notification(alert()))
+    assert receiver.received[-1].headers["authorization"] == "Bearer new-4711"
 
 
 def now() -> str:

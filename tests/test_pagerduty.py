@@ -199,6 +199,7 @@ def test_it_is_posted_and_a_repeat_is_the_same(pagerduty: Channel, receiver: Rec
     ("answer", "retry", "wait"),
     [
         (Answer(400, b'{"status":"invalid event","message":"Event object is invalid","errors":["bad"]}'), False, None),
+        (Answer(403), True, None),
         (Answer(429, headers={"retry-after": "120"}), True, 120.0),
         (Answer(500), True, None),
         (Answer(503), True, None),

@@ -170,11 +170,11 @@ def test_it_is_posted_and_a_repeat_is_the_same(slack: Channel, receiver: Receive
 @pytest.mark.parametrize(
     ("answer", "retry", "wait"),
     [
-        (Answer(404, b"no_service"), False, None),
-        (Answer(403, b"invalid_token"), False, None),
-        (Answer(410, b"channel_is_archived"), False, None),
+        (Answer(404, b"no_service"), True, None),
+        (Answer(403, b"invalid_token"), True, None),
+        (Answer(410, b"channel_is_archived"), True, None),
         (Answer(400, b"invalid_payload"), False, None),
-        (Answer(302, headers={"location": "http://evil.example/"}), False, None),
+        (Answer(302, headers={"location": "http://evil.example/"}), True, None),
         (Answer(429, headers={"retry-after": "30"}), True, 30.0),
         (Answer(500, b"rollup_error"), True, None),
     ],

@@ -99,7 +99,9 @@ def test_nothing_goes_out_unsigned_where_a_secret_is_none(receiver: Receiver, tm
     assert str(path) in str(caught.value) and caught.value.cure and "4711" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("status", "again"), [(400, False), (404, False), (410, False), (429, True), (503, True)])
+@pytest.mark.parametrize(
+    ("status", "again"), [(400, False), (422, False), (401, True), (404, True), (410, True), (503, True)]
+)
 def test_what_the_receiver_says_decides_whether_it_is_tried_again(receiver: Receiver, status: int, again: bool) -> None:
     receiver.script(Answer(status))
     with pytest.raises(ChannelError) as caught:
