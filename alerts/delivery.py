@@ -26,7 +26,8 @@ __all__ = ["Delivery", "Landed"]
 
 FIRST_BACKOFF_SECONDS = 0.2
 LONGEST_BACKOFF_SECONDS = 30.0
-LONGEST_WAIT_SECONDS = 3600.0  # however long a receiver asks to be left alone
+SOON_SECONDS = 0.1
+LONGEST_WAIT_SECONDS = 300.0  # however long a receiver asks to be left alone
 
 _log = structlog.get_logger("anchorwatch.dispatch")
 
@@ -34,12 +35,12 @@ _log = structlog.get_logger("anchorwatch.dispatch")
 class Landed(NamedTuple):
     """What became of a notification.
 
-    taken: by the receiver; refused: for ever; too_old: nobody took it while it was worth telling; broken: the channel
-    can't go on, `error` says why.
+    taken: by the receiver; refused: for ever; too_old: nobody took it while it was worth telling; left: nobody took it,
+    and its queue was cleared or stopped meanwhile; broken: the channel can't go on, `error` says why.
     """
 
     notification: Notification
-    result: Literal["taken", "refused", "too_old", "broken"]
+    result: Literal["taken", "refused", "too_old", "left", "broken"]
     error: ConfigurationError | None = None
 
 
@@ -72,12 +73,13 @@ class Delivery:
         self._ticks = ticks
         self._jitter = jitter
         self._queue: deque[Notification] = deque()
+        self._generation = self._asked_since = 0  # of what is in the queue: `clear` begins another one
         self._changed = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._not_before = float("-inf")
-        self._firing: Callable[[], Sequence[Alert]] = tuple
+        self._firing: Callable[[], Sequence[Alert] | None] = tuple
         self._refresh_at = ticks() if channel.refresh is not None else float("inf")
         for result in ("taken", "unavailable", "refused"):  # from 0, so that the first one is an increase
             telemetry.DELIVERIES.labels(channel.name, result)
@@ -90,8 +92,8 @@ class Delivery:
             self._queue.append(notification)
             self._changed.notify()
 
-    def refresh(self, firing: Callable[[], Sequence[Alert]]) -> None:
-        """What fires, to be asked for whenever it is to be said again."""
+    def refresh(self, firing: Callable[[], Sequence[Alert] | None]) -> None:
+        """What fires, to be asked for whenever it is to be said again; None: ask again in a moment."""
         self._firing = firing
 
     def start(self) -> None:
@@ -117,19 +119,28 @@ class Delivery:
         return self.clear()
 
     def clear(self) -> list[Notification]:
-        """Take back all that is not under way."""
+        """Take back all that is not under way. What is, lands as `left` unless somebody takes it."""
         with self._changed:
             left = list(self._queue)
             self._queue.clear()
+            self._generation += 1
         return left
+
+    def abandon(self) -> None:
+        """Forget all of it. What is under way is not tried again, and does not land."""
+        with self._changed:
+            self._queue.clear()
+            self._generation += 1
+            self._asked_since = self._generation
 
     def work(self) -> bool:
         """Do what there is to do now, once; False when there is nothing. Blocks as long as the channel does."""
         now = self._ticks()
         with self._changed:
             notification = self._queue.popleft() if self._queue and now >= self._not_before else None
+            generation = self._generation
         if notification is not None:
-            self._deliver(notification)
+            self._deliver(notification, generation)
             return True
         if now >= max(self._refresh_at, self._not_before):
             self._keep_firing()
@@ -146,16 +157,20 @@ class Delivery:
                 if not self._stopping and wait > 0.0:
                     self._changed.wait(min(wait, LONGEST_BACKOFF_SECONDS))
 
-    def _deliver(self, notification: Notification) -> None:
+    def _deliver(self, notification: Notification, generation: int) -> None:
         if self._clock() - seconds(notification.time) > self._max_age:
-            self._land(notification, "too_old")
+            self._land(Landed(notification, "too_old"), generation)
             return
         try:
             self._attempt(lambda: self.channel.deliver(notification))
         except ChannelUnavailable as error:
             self._wait(error)
-            with self._changed:  # behind the others: what fails by itself must not hold them up
-                self._queue.append(notification)
+            with self._changed:
+                left = self._stopping or generation != self._generation
+                if not left:  # behind the others: what fails by itself must not hold them up
+                    self._queue.append(notification)
+            if left:
+                self._land(Landed(notification, "left"), generation)
         except ChannelError as error:
             _log.error(
                 "the receiver refuses a notification; it is tried later in other words",
@@ -165,25 +180,28 @@ class Delivery:
                 problem=error.problem,
                 cure=error.cure,
             )
-            self._land(notification, "refused")
+            self._land(Landed(notification, "refused"), generation)
         except ConfigurationError as error:
-            self._landed(Landed(notification, "broken", error))
+            self._land(Landed(notification, "broken", error), generation)
             self._not_before = self._ticks() + LONGEST_BACKOFF_SECONDS
         except Exception:  # a fault of ours in one channel must not silence it, nor the others
             _log.exception("a channel failed", integration=self.channel.name, notification=notification.id)
-            self._land(notification, "refused")
+            self._land(Landed(notification, "refused"), generation)
         else:
             if self._failures:
                 _log.info("the receiver is back", integration=self.channel.name, failed_tries=self._failures)
             self._failures = 0
             telemetry.NOTIFICATIONS.labels(self.channel.name, notification.reason).inc()
-            self._land(notification, "taken")
+            self._land(Landed(notification, "taken"), generation)
 
     def _keep_firing(self) -> None:
         assert self.channel.refresh is not None
         self._refresh_at = self._ticks() + self.channel.refresh
         try:
-            if alerts := self._firing():
+            alerts = self._firing()
+            if alerts is None:
+                self._refresh_at = self._ticks() + SOON_SECONDS
+            elif alerts:
                 self._attempt(lambda: self.channel.keep_firing(alerts))
         except ChannelUnavailable as error:
             self._wait(error)
@@ -226,5 +244,6 @@ class Delivery:
                 failed_tries=self._failures,
             )
 
-    def _land(self, notification: Notification, result: Literal["taken", "refused", "too_old"]) -> None:
-        self._landed(Landed(notification, result))
+    def _land(self, landed: Landed, generation: int) -> None:
+        if generation >= self._asked_since:
+            self._landed(landed)

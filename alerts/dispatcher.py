@@ -57,7 +57,7 @@ WAITING_SECONDS = 5.0  # between looks at findings that wait
 CHECKS_AT_ONCE = 50  # conversations asked about in one round
 CAUGHT_UP_SECONDS = 60.0
 KEPT_SECONDS = 7 * 86_400.0
-MOST_KEPT = 50_000
+MOST_KEPT = 10_000  # alerts that are over; twice as many where their end has still to be told
 TIDY_SECONDS = 600.0
 JUMP_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.2
@@ -116,6 +116,7 @@ class Dispatcher:
         self._clock = clock
         self._ticks = ticks
         self._landed: queue.SimpleQueue[Landed] = queue.SimpleQueue()
+        self._landing: dict[str, set[str]] = {}  # integration → ids of what has landed, and is not taken in
         self._wake = threading.Event()
         self._threads = False
         self._deliveries: dict[str, Delivery] = {}
@@ -233,7 +234,7 @@ class Dispatcher:
             if self._mine and not mine:
                 _log.warning("another dispatcher has the lease now")
                 for delivery in self._deliveries.values():
-                    delivery.clear()
+                    delivery.abandon()
                 self._begin_anew()
             self._mine = mine
             telemetry.DISPATCHER.set(mine)
@@ -263,17 +264,22 @@ class Dispatcher:
                 if name in self._deliveries:
                     self._deliveries[name].send(notification)
                 else:
-                    self._landed.put(Landed(notification, "too_old"))
+                    self._take_back(Landed(notification, "left"))
             threading.Thread(target=delivery.close, args=(DRAIN_SECONDS,), daemon=True).start()
         if self._threads:
             for delivery in self._deliveries.values():
                 delivery.start()
 
     def _take_back(self, landed: Landed) -> None:
+        self._landing.setdefault(landed.notification.integration, set()).add(landed.notification.id)
         self._landed.put(landed)
         self._wake.set()
 
-    def _firing_at(self, integration: str) -> list[Alert]:
+    def _firing_at(self, integration: str) -> list[Alert] | None:
+        if not self._groups.live:
+            return []
+        if self._landing.get(integration):
+            return None  # what it was told a moment ago is not known here yet
         # From another thread: of a copy, which is taken in one step.
         alerts = list(self._table.alerts.values())
         return [alert for alert in alerts if alert.firing and alert.told.get(integration) not in (None, "resolved")]
@@ -314,9 +320,13 @@ class Dispatcher:
         return news
 
     def _read_operators(self) -> None:
-        now = self._clock()
+        now, live = self._clock(), self._groups.live
         for alert in self._operators.read(now):
             self._endings.watch(alert, now, at_once=True)
+        if live and not self._groups.live:
+            for delivery in self._deliveries.values():
+                for notification in delivery.clear():
+                    self._groups.dropped(notification)
 
     # Findings.
 
@@ -425,8 +435,11 @@ class Dispatcher:
                     self._table.told(notification.integration, notification.covered)
                 case "refused":
                     self._groups.refused(notification, self._clock())
-                case "too_old" | "broken":
+                case "left" if self._groups.live and notification.integration in self._deliveries:
+                    self._deliveries[notification.integration].send(notification)
+                case "left" | "too_old" | "broken":
                     self._groups.dropped(notification)
+            self._landing[notification.integration].discard(notification.id)
             if error is not None:
                 raise error
 
@@ -457,8 +470,8 @@ class Dispatcher:
                 _log.info("old alerts are withdrawn later", problem=error.problem)
 
     def tidy(self) -> int:
-        """Forget alerts that have been over for seven days, and those of forgotten conversations once that is told.
-        Says how many.
+        """Forget alerts that have been over for seven days, and those of forgotten conversations, once their end is
+        told; untold ends are waited for as long again, or until there are twice as many as are kept. Says how many.
 
         Raises:
             LogError: as the log does.
@@ -467,13 +480,16 @@ class Dispatcher:
         over = sorted(
             (alert for alert in self._table.alerts.values() if not alert.firing), key=lambda alert: alert.changed
         )
-        gone = [
-            alert.id
-            for number, alert in enumerate(over)
-            if number < len(over) - MOST_KEPT
-            or alert.changed < before
-            or (alert.resolution == "forgotten" and not self._groups.owes(alert))
-        ]
+        gone, untold = [], 0
+        for number, alert in enumerate(over):
+            too_many, owed = number < len(over) - MOST_KEPT, self._groups.owes(alert)
+            if not owed and (too_many or alert.changed < before or alert.resolution == "forgotten"):
+                gone.append(alert.id)
+            elif owed and (number < len(over) - 2 * MOST_KEPT or alert.changed < before - KEPT_SECONDS):
+                gone.append(alert.id)
+                untold += 1
+        if untold:
+            _log.error("alerts are given up whose end nobody took", alerts=untold)
         self._journal.withdraw("alert", gone)
         for id in gone:
             self._groups.drop(self._table.alerts[id])

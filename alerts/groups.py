@@ -167,7 +167,7 @@ class Groups:
                     continue
                 group.members.add(alert.id)
                 group.left.discard(alert.id)
-                word = alert.told.get(integration.name)
+                word = alert.told.get(integration.name, alert.acknowledged_as)
                 if word is None and (integration.name, alert.id) in self._digested:
                     word = state(alert)
                 if word is not None and alert.id not in group.told:
@@ -252,20 +252,17 @@ class Groups:
             self._remembered.pop(key, None)
         return [key for key in found if key not in self._groups]
 
-    def acknowledge(self, alert: Alert) -> list[str]:
-        """Somebody has seen it, so it counts as told as it is; says to which integrations it newly does."""
-        newly = []
+    def acknowledge(self, alert: Alert) -> None:
+        """Somebody has seen it, so it counts as told as it is."""
         for key in self._keys(alert.id) if alert.firing else ():
             group = self._groups[key]
             if alert.id in group.left:
                 continue
             if group.told.get(alert.id) in (None, "resolved"):
                 group.tell(alert.id, state(alert))
-                newly.append(key[0])
             elif isinstance(group.integration, PagerDutyConfig):
                 group.seen = True
                 self._wake(key, -math.inf)
-        return newly
 
     # What is due?
 

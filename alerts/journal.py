@@ -63,6 +63,7 @@ class Journal:
         self._clock = clock
         self._ticks = ticks
         self._records: dict[tuple[str, str], Notification] = {}
+        self._withdrawn: dict[tuple[Kind, str], None] = {}
         self._failures = 0
         self._not_before = float("-inf")
         self._at = -1
@@ -72,10 +73,18 @@ class Journal:
         """To be written in place of the group's last one."""
         self._records[notification.integration, notification.group] = notification
 
+    def take_back(self, kind: Kind, name: str) -> None:
+        """To be withdrawn, before anything else is written."""
+        self._withdrawn[kind, name] = None
+
+    def to_withdraw(self, kind: Kind) -> set[str]:
+        """Names of what is to be withdrawn, and is in the log still."""
+        return {name for of, name in self._withdrawn if of == kind}
+
     @property
     def complete(self) -> bool:
         """Whether all is written."""
-        return not self._table.unwritten and not self._records
+        return not self._table.unwritten and not self._records and not self._withdrawn
 
     def catch_up(self) -> bool:
         """Take what has been written since into the store; says whether some of it may be somebody else's. What is all
@@ -118,6 +127,13 @@ class Journal:
         if self.complete or self._ticks() < self._not_before:
             return
         while not self.complete:
+            try:
+                for kind, name in list(self._withdrawn):
+                    self.withdraw(kind, [name])
+                    del self._withdrawn[kind, name]
+            except LogError as error:
+                self._failed(error)
+                return
             ids = list(self._table.unwritten)[:WRITTEN_AT_ONCE]
             # That something has been sent is said only after its alerts know that they have been told.
             places = list(self._records)[: WRITTEN_AT_ONCE - len(ids)]

@@ -5,15 +5,12 @@ It reads the folded actions, and writes none but to take back a resolution that 
 
 from __future__ import annotations
 
-import contextlib
-
 from alerts.groups import Groups
 from alerts.journal import Journal, read_action, read_bodies
 from alerts.table import Table
 from monitor import telemetry
 from monitor.actions import Paging, Silence
 from monitor.alert import Alert
-from monitor.errors import LogError
 from monitor.events import Finding
 from monitor.store.store import Actions
 
@@ -54,7 +51,8 @@ class Operators:
             for key, value in store.actions("acknowledge/").items()
             if (action := read_action(key, value)) is not None
         }
-        self._resolved = {key.removeprefix("resolve/") for key in store.actions("resolve/")}
+        resolved = {key.removeprefix("resolve/") for key in store.actions("resolve/")}
+        self._resolved = resolved - self._journal.to_withdraw("resolve")
         self._groups.silence(read_bodies(store.actions("silence/"), Silence))
         modes = read_bodies(store.actions("paging/"), Paging)
         self._groups.mode(self._live if self._live is not None else any(mode.mode == "live" for mode in modes))
@@ -82,13 +80,11 @@ class Operators:
             return
         # It was resolved, and has become worse: it fires again, and may be resolved again.
         self._resolved.discard(alert.id)
-        with contextlib.suppress(LogError):
-            self._journal.withdraw("resolve", [alert.id])
+        self._journal.take_back("resolve", alert.id)
 
     def _acknowledge(self, alert: Alert, by: str) -> None:
         if alert.acknowledged_by == by:
             return
         self._table.acknowledge(alert.id, by)
         if by:
-            for integration in self._groups.acknowledge(self._table.alerts[alert.id]):
-                self._table.told(integration, {alert.id: alert.severity})
+            self._groups.acknowledge(self._table.alerts[alert.id])

@@ -134,8 +134,10 @@ class Table:
 
     def acknowledge(self, id: str, by: str) -> None:
         """Somebody has seen it; with an empty name, nobody has."""
-        if self.alerts[id].acknowledged_by != by:
-            self.put(replace(self.alerts[id], acknowledged_by=by))
+        alert = self.alerts[id]
+        if alert.acknowledged_by != by:
+            severity = alert.acknowledged_as or (alert.severity if alert.firing else None)
+            self.put(replace(alert, acknowledged_by=by, acknowledged_as=severity if by else None))
 
     def told(self, integration: str, covered: Mapping[str, State]) -> None:
         """An integration has been told; alerts that are gone are passed over."""

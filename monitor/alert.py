@@ -46,6 +46,7 @@ class Alert(Struct, frozen=True, kw_only=True, omit_defaults=True):
         story: the trajectory in words, one plain sentence.
         sparkline: the trajectory's z as block letters, oldest first.
         acknowledged_by: who has seen it; empty while nobody has. Then it is not repeated.
+        acknowledged_as: how severe it was then, if it fired: whoever had not been told of it need not be told of that.
         told: integration → what it has last been told. Where a word is missing, it has been told nothing.
     """
 
@@ -75,6 +76,7 @@ class Alert(Struct, frozen=True, kw_only=True, omit_defaults=True):
     story: str = ""
     sparkline: str = ""
     acknowledged_by: str = ""
+    acknowledged_as: Severity | None = None
     told: dict[str, State] = {}
 
     @property

@@ -22,7 +22,7 @@ from tiny import environment
 
 from alerts.config import AlertsConfig, Receiver, Route
 from alerts.dispatcher import BATCH, LEASE, Dispatcher
-from alerts.receivers import LogConfig, WebhookConfig
+from alerts.receivers import AlertmanagerConfig, LogConfig, WebhookConfig
 from alerts.rules import one_log
 from monitor.actions import (
     Acknowledgement,
@@ -191,6 +191,7 @@ def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
 
 LOW = [0.0, 0.0, -9.0]
 BACK = [0.0, 0.0, 0.0, 0.0]
+SLOW = [-3.6, -3.6]
 
 
 def test_what_is_found_is_told_once_and_the_outbox_is_empty_then(house: House) -> None:
@@ -640,6 +641,232 @@ def test_who_lost_the_lease_stops_telling_and_takes_over_what_the_other_did(hous
     house.work()
     house.dispatch()
     assert house.channel.told[1:] == [("c", "resolved")]
+
+
+def test_a_reload_loses_nothing_of_what_is_under_way(house: House) -> None:
+    before, after = house.channel, Kept()
+    began, hold = threading.Event(), threading.Event()
+
+    def stuck(notification: Notification) -> Exception | None:
+        began.set()
+        hold.wait(30)
+        return ChannelUnavailable("it went away while it had the call", cure="wait")
+
+    before.fails = stuck
+    other: list[tuple[AlertsConfig, dict[str, Any]]] = []
+    house.restart()
+    house.dispatcher._reload = lambda: other.pop() if other else None
+    house.dispatcher._ticks = time.monotonic
+    house.dispatcher._reload_next = 0.0
+    stop = threading.Event()
+    thread = threading.Thread(target=house.dispatcher.run, args=(stop,))
+    thread.start()
+    try:
+        house.say("c", LOW)
+        house.work()
+        assert began.wait(30)
+        other.append((house.config, {LOG: after}))
+        until(lambda: house.dispatcher._deliveries[LOG].channel is after)
+        hold.set()
+        until(lambda: bool(after.taken))
+    finally:
+        hold.set()
+        stop.set()
+        thread.join(20)
+    assert before.taken == [] and [one.sequence for one in after.taken] == [0]
+
+
+class Refreshed(Kept):
+    """One that is told again, every minute, what fires."""
+
+    refresh: float | None = 60.0
+
+    def __init__(self) -> None:
+        super().__init__("am/alertmanager[0]")
+        self.kept: list[list[tuple[str, str]]] = []
+
+    def keep_firing(self, alerts: Sequence[Alert]) -> None:
+        self.kept.append([(alert.conversation_id, alert.told[self.name]) for alert in alerts])
+
+
+def refreshed(house: House) -> Refreshed:
+    """The house has an Alertmanager instead of its log."""
+    channel = Refreshed()
+    house.config = AlertsConfig(
+        route=Route(path="0", receiver="am", group_wait=0.0, group_interval=0.0),
+        receivers=(
+            Receiver(name="am", integrations=(AlertmanagerConfig(receiver="am", url="http://am.example:9093"),)),
+        ),
+    )
+    house.channels = {channel.name: channel}  # type: ignore[dict-item]
+    house.live = None
+    house.restart()
+    house.clock.now += 0.1
+    return channel
+
+
+def minutes(house: House, many: int) -> None:
+    for _ in range(many):
+        house.pass_time(60.1)
+        house.dispatch()
+
+
+def test_nothing_is_said_again_in_shadow_nor_what_was_only_acknowledged(house: House) -> None:
+    channel = refreshed(house)
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    append_action(house.log, "acknowledge", house.alerts()["c"].id, Acknowledgement(), by="ann")
+    minutes(house, 3)
+    assert house.alerts()["c"].acknowledged_by == "ann" and house.alerts()["c"].told == {}
+    append_action(house.log, "paging", "mode", Paging("live"), by="ann")
+    append_action(house.log, "silence", "s", Silence("2026-06-01T13:00:00Z", conversation_id="quiet"), by="ann")
+    minutes(house, 1)
+    house.say("quiet", LOW)
+    house.say("loud", LOW)
+    house.work()
+    house.dispatch()
+    append_action(house.log, "acknowledge", house.alerts()["quiet"].id, Acknowledgement(), by="ann")
+    minutes(house, 3)
+    assert channel.told == [("loud", "critical")]
+    assert channel.kept and all(kept in ([], [("loud", "critical")]) for kept in channel.kept)
+    append_action(house.log, "paging", "mode", Paging("shadow"), by="ann")
+    minutes(house, 1)
+    channel.kept.clear()
+    minutes(house, 3)
+    assert channel.kept == []
+
+
+def test_what_was_acknowledged_unseen_and_then_gets_worse_is_told_also_by_the_next_dispatcher(house: House) -> None:
+    append_action(house.log, "silence", "s", Silence("2026-06-01T12:10:00Z"), by="ann")
+    house.say("c", [0.0, *SLOW])
+    house.say("d", [0.0, *SLOW])
+    house.work()
+    house.dispatch()
+    for name in "cd":
+        assert house.alerts()[name].severity == "warning"
+        append_action(house.log, "acknowledge", house.alerts()[name].id, Acknowledgement(), by="ann")
+    house.pass_time(1.1)
+    house.dispatch()
+    house.say("c", [-9.0], first=3, age=0)
+    house.work()
+    house.dispatch()
+    house.restart()
+    house.dispatch()
+    assert house.channel.told == []
+    house.pass_time(600)
+    house.dispatch()
+    assert house.channel.told == [("c", "critical")]
+
+
+def test_in_shadow_nothing_goes_out_that_had_waited_for_its_receiver(house: House) -> None:
+    house.live = None
+    house.restart()
+    append_action(house.log, "paging", "mode", Paging("live"), by="ann")
+    house.channel.fails = lambda notification: ChannelUnavailable("away", cure="wait")
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    append_action(house.log, "paging", "mode", Paging("shadow"), by="ann")
+    house.pass_time(1.1)
+    house.dispatch()
+    house.channel.fails = lambda notification: None
+    minutes(house, 3)
+    assert house.channel.told == []
+    append_action(house.log, "paging", "mode", Paging("live"), by="ann")
+    minutes(house, 1)
+    assert house.channel.told == [("c", "critical")]
+
+
+def test_what_got_worse_while_the_log_was_away_is_not_resolved_by_what_was_said_before(house: House) -> None:
+    house.say("c", [0.0, *SLOW])
+    house.work()
+    house.dispatch()
+    append_action(house.log, "resolve", house.alerts()["c"].id, Acknowledgement(), by="ann")
+    house.pass_time(1.1)
+    house.dispatch()
+    house.say("c", [-9.0], first=3, age=0)
+    house.work()
+    append = house.log.append
+
+    def away(*arguments: Any) -> Any:
+        raise LogUnavailable("away", cure="wait")
+
+    house.log.append = away  # type: ignore[method-assign]
+    house.dispatch()
+    house.log.append = append  # type: ignore[method-assign]
+    told = [("c", "warning"), ("c", "resolved"), ("c", "critical")]
+    assert house.channel.told == told
+    append_action(house.log, "acknowledge", "another", Acknowledgement(), by="bob")
+    minutes(house, 2)
+    assert house.channel.told == told and house.alerts()["c"].firing
+    assert not [key for key in read_actions(house.log) if key.startswith("resolve/")]
+    house.restart()
+    house.dispatch()
+    assert house.channel.told == told and house.alerts()["c"].firing
+
+
+@pytest.mark.parametrize("most", [2, 1])
+def test_what_has_still_to_be_told_is_not_forgotten(house: House, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr("alerts.dispatcher.MOST_KEPT", most)
+    for number in range(4):
+        house.say(f"c{number}", LOW)
+        house.work()
+        house.dispatch()
+    house.channel.fails = lambda notification: ChannelUnavailable("away", cure="wait")
+    for number in range(4):
+        house.say(f"c{number}", BACK, first=3, age=0)
+        house.work()
+        house.pass_time(1.0)
+        house.dispatch()
+    gone = house.dispatcher.tidy()
+    assert gone == (0 if most == 2 else 2), "the hard bound is twice as many"
+    house.channel.fails = lambda notification: None
+    minutes(house, 2)
+    over = {conversation for conversation, word in house.channel.told if word == "resolved"}
+    assert over >= {f"c{number}" for number in range(gone, 4)}
+    assert house.dispatcher.tidy() == 4 - gone - most
+
+
+def test_who_lost_the_lease_sends_nothing_of_what_was_under_way(house: House) -> None:
+    house.say("c", LOW)
+    house.work()
+
+    def lost(notification: Notification) -> Exception:
+        house.store.release(LEASE, "one")
+        assert house.store.lease(LEASE, "two", 600.0)
+        house.pass_time(5.1)
+        house.dispatcher._lease()
+        return ChannelUnavailable("away", cure="wait")
+
+    house.channel.fails = lost
+    house.dispatcher.run_once()
+    house.channel.fails = lambda notification: None
+    house.pass_time(60)
+    for delivery in house.dispatcher._deliveries.values():
+        assert not delivery.work()
+    assert house.channel.taken == []
+    house.store.release(LEASE, "two")
+    house.pass_time(1.1)
+    house.dispatch()
+    assert house.channel.told == [("c", "critical")]
+
+
+def test_what_was_just_told_is_known_before_it_is_said_again(house: House) -> None:
+    channel = refreshed(house)
+    append_action(house.log, "paging", "mode", Paging("live"), by="ann")
+    house.say("c", [0.0, *SLOW])
+    house.work()
+    house.dispatch()
+    assert channel.told == [("c", "warning")]
+    house.pass_time(50)
+    house.say("c", [-9.0], first=3, age=0)
+    house.work()
+    channel.fails = lambda notification: house.pass_time(20)  # type: ignore[func-returns-value]
+    house.dispatch()
+    assert channel.told[1:] == [("c", "critical")]
+    minutes(house, 1)
+    assert channel.kept and all(kept == [("c", "critical")] for kept in channel.kept)
 
 
 def test_run_waits_while_the_store_is_away_and_goes_on(house: House) -> None:

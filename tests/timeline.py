@@ -111,8 +111,7 @@ def acknowledge(conversation: str) -> Event:
     def happen(timeline: Timeline) -> None:
         for alert in timeline.table.of_conversation(conversation):
             timeline.table.acknowledge(alert.id, "ann")
-            for integration in timeline.groups.acknowledge(timeline.table.alerts[alert.id]):
-                timeline.table.told(integration, {alert.id: alert.severity})
+            timeline.groups.acknowledge(timeline.table.alerts[alert.id])
 
     return happen
 
