@@ -56,6 +56,9 @@ def test_the_unit_tests_of_the_rules_pass() -> None:
     ("was", "becomes", "where"),
     [
         ("unless (sum by (deployment) (increase(anchorwatch_responses_total[30m])) > 0)", "", "collector.yml"),
+        ('{deployment!="other"}', "", "collector.yml"),
+        ("and on () (sum(", "and on () (0 * sum(", "collector.yml"),
+        ("unless sum by (deployment) (anchorwatch_responses_total)\n", "\n", "collector.yml"),
         ("anchorwatch:lag_records:sum > 1000", "anchorwatch_lag_records > 1000", "worker.yml"),
         ("(anchorwatch_worker_loop_timestamp_seconds > 0)", "anchorwatch_worker_loop_timestamp_seconds", "well.yml"),
         ("- 2 * sqrt(", "- 0 * sqrt(", "instrument.yml"),
