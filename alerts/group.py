@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from alerts.config import AlertmanagerConfig, AnyIntegration, LogConfig, Receiver, Route
 from alerts.stages import Limits
-from monitor.alert import Alert, Notification, State
+from monitor.alert import Alert, Notification, State, state
 
 __all__ = ["Group", "Key", "limits", "record"]
 
@@ -37,6 +37,8 @@ class Group(Struct):
         due: when to look at it.
         causes: why alerts were held back at the last look, and how many.
         capped: ids of alerts that a cap has held back; None where it has held back none.
+        changed: of Alertmanager's, ids of those that have changed since it was told, for what else fires is not shown
+            there; None: each look is at all members.
         refused, most, again: how often in a row the receiver has refused, how many alerts it is shown therefore, and
             when at the earliest.
     """
@@ -58,6 +60,7 @@ class Group(Struct):
     due: float = math.inf
     causes: dict[str, int] = {}
     capped: set[str] | None = None
+    changed: set[str] | None = None
     refused: int = 0
     most: int = 0
     again: float = -math.inf
@@ -68,6 +71,11 @@ class Group(Struct):
         if word is not None:
             self.told[id] = word
         self.firing += ((word or "resolved") != "resolved") - (before != "resolved")
+
+    def untold(self, alert: Alert) -> bool:
+        """Whether there is something to tell of it."""
+        now = state(alert)
+        return now != self.told.get(alert.id, "resolved") and (now != "resolved" or self.integration.send_resolved)
 
     def ready(self, changed: float) -> float:
         """When a change may be told of: after `group_wait`, or `group_interval` after the last notification.
@@ -86,7 +94,8 @@ class Group(Struct):
 
     def over(self, alerts: Mapping[str, Alert]) -> list[Alert]:
         """Those that have left, and whose end is to be told."""
-        return [alerts[id] for id in self.left if not alerts[id].firing and self.told.get(id) != "resolved"]
+        left = self.left if self.changed is None else self.left & self.changed
+        return [alerts[id] for id in left if not alerts[id].firing and self.told.get(id) != "resolved"]
 
 
 def record(notification: Notification, group: Group) -> Notification:

@@ -16,7 +16,7 @@ from itertools import count
 from msgspec.structs import replace
 
 from alerts.allowance import COUNTED, Allowance
-from alerts.config import AlertsConfig, AnyIntegration, PagerDutyConfig, Route
+from alerts.config import AlertmanagerConfig, AlertsConfig, AnyIntegration, PagerDutyConfig, Route
 from alerts.group import Group, Key, limits, record
 from alerts.stages import Inhibition, Update, compose, needs_update, places, quiet, seconds, silenced
 from monitor.actions import Silence
@@ -73,7 +73,7 @@ class Groups:
     # Rules.
 
     def configure(self, config: AlertsConfig) -> None:
-        """Other rules from now on; what has been told stays told."""
+        """Other rules from now on; what has been told stays told, and what was refused is tried."""
         self._config = config
         self._receivers = {receiver.name: receiver for receiver in config.receivers}
         self._integrations = {one.name: one for receiver in config.receivers for one in receiver.integrations}
@@ -83,6 +83,7 @@ class Groups:
         self._placed.clear()
         self._left.clear()
         self._held.clear()
+        self._aside.clear()
         self._heap.clear()
         for group in (group for _, group in before if group.last is not None):
             assert group.last is not None
@@ -149,7 +150,12 @@ class Groups:
             group = self._groups[key]
             if group.capped is not None and alert.firing:
                 group.capped.add(alert.id)
-            self._wake(key, group.ready(alert.changed))
+            if group.changed is not None:
+                group.changed.add(alert.id)
+            if group.untold(alert):
+                self._wake(key, group.ready(alert.changed))
+            elif group.due == math.inf:
+                self._wake(key, group.repeat_at())
         if left := self._left.get(alert.id):
             self._left[alert.id] = [key for key in left if self._leave(key, alert)]
 
@@ -179,6 +185,8 @@ class Groups:
     def _make(self, key: Key, integration: AnyIntegration, route: Route, labels: dict[str, str]) -> Group:
         receiver = self._receivers[integration.receiver]
         group = Group(integration, receiver, route, key[1], labels)
+        if isinstance(integration, AlertmanagerConfig):
+            group.changed = set()
         self._groups[key] = group
         if (last := self._remembered.pop(key, None)) is not None:
             group.last, group.last_at = last, seconds(last.time)
@@ -209,6 +217,8 @@ class Groups:
         if group.told.get(alert.id) not in (None, "resolved"):
             group.left.add(alert.id)
             if not alert.firing:
+                if group.changed is not None:
+                    group.changed.add(alert.id)
                 self._wake(key, group.ready(alert.changed))
             return True
         group.left.discard(alert.id)
@@ -280,10 +290,6 @@ class Groups:
                     made.append(notification)
         return made
 
-    def next_due(self) -> float:
-        """When it is worth while to ask again, if nothing changes."""
-        return min(self._heap[0][0] if self._heap else math.inf, self._next_look if self._held else math.inf)
-
     def _look_again(self) -> None:
         self._next_look = -math.inf
 
@@ -306,7 +312,7 @@ class Groups:
             return None
         repeat_at = group.repeat_at()
         causes: dict[str, int] = {}
-        alerts = self._told_of(group, now, causes)
+        alerts, muted = self._told_of(group, now, causes)
         update = needs_update(
             alerts,
             group.told,
@@ -314,6 +320,12 @@ class Groups:
             seen=group.seen,
             send_resolved=group.integration.send_resolved,
         )
+        if update is not None and update.reason == "all_resolved":
+            # Receivers close what is open there. What fires unseen is over for them, and new when it is seen again.
+            if group.changed is None:
+                update = update._replace(muted=tuple(muted))
+            elif group.firing > len(update.news):
+                update = update._replace(reason="resolved")
         capped = False
         if update is None or update.reason in COUNTED:
             named = (*update.news, *update.others) if update else self._known(group.capped or ())
@@ -349,12 +361,17 @@ class Groups:
         self._hold(key, group, causes)
         return None
 
-    def _told_of(self, group: Group, now: float, causes: dict[str, int]) -> list[Alert]:
-        """Whom the group may tell of now. The end of what was told is told whatever mutes it; what has left, ends here
-        only."""
-        found = group.over(self._alerts)
+    def _told_of(self, group: Group, now: float, causes: dict[str, int]) -> tuple[list[Alert], list[Alert]]:
+        """Whom the group may tell of now, and whom it has told of, which fires and is muted. The end of what was told
+        is told whatever mutes it; what has left, ends here only."""
+        members: Iterable[str] = group.members
+        if group.changed is not None:
+            here = (id for id in group.changed if id in group.members or id in group.left)
+            group.changed = {id for id in here if group.untold(self._alerts[id])}
+            members = group.changed & group.members
+        found, muted = group.over(self._alerts), []
         silences = [silence for silence, until in self._silences if until > now]
-        for id in group.members:
+        for id in members:
             alert = self._alerts[id]
             cause = ""
             if alert.firing:
@@ -366,9 +383,11 @@ class Groups:
                     cause = "silenced"
             if cause:
                 causes[cause] = causes.get(cause, 0) + 1
+                if group.told.get(id) not in (None, "resolved"):
+                    muted.append(alert)
             else:
                 found.append(alert)
-        return found
+        return found, muted
 
     def _hold(self, key: Key, group: Group, causes: dict[str, int]) -> None:
         for cause, many in causes.items():
@@ -400,7 +419,8 @@ class Groups:
             note=note,
             spent=self._allowance.spent(name, now),
         )
-        group.flying, group.more = notification.id, len(notification.covered) < len(update.news)
+        group.flying = notification.id
+        group.more = any(alert.id not in notification.covered for alert in update.news)
         group.causes, group.seen = {}, False
         group.last, group.last_at = notification, now
         return notification
@@ -415,7 +435,7 @@ class Groups:
         firing: list[Alert] = []
         over: list[Alert] = []
         for group in groups:
-            update = needs_update(self._told_of(group, now, {}), group.told)
+            update = needs_update(self._told_of(group, now, {})[0], group.told)
             firing += [alert for alert in (update.news if update else ()) if alert.firing]
             over += [
                 alert for alert in self._known(group.capped or ()) if not alert.firing and alert.id not in group.told

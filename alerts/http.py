@@ -1,9 +1,9 @@
 """One POST to one receiver, that ends in bounded time and memory whatever stands at the other end.
 
-It knows no payload, no vendor, and no second try: what may pass, or somebody can cure, is raised as `ChannelUnavailable`,
-with the seconds that the receiver asked for, and whoever delivers tries again. Nothing is followed, unpacked, kept
-between requests, or taken from the environment but the trusted certificates (SSL_CERT_FILE, SSL_CERT_DIR). Secrets may
-be in path, query, headers and body, so errors name none of them.
+It knows no payload, no vendor, and no second try: what may pass, or somebody can cure, is raised as
+`ChannelUnavailable`, with the seconds that the receiver asked for, and whoever delivers tries again. Nothing is
+followed, unpacked, kept between requests, or taken from the environment but the trusted certificates (SSL_CERT_FILE,
+SSL_CERT_DIR). Secrets may be in path, query, headers and body, so errors name none of them.
 """
 
 from __future__ import annotations

@@ -67,7 +67,6 @@ _REASONS: dict[str, str] = {
     "resolved": "",
     "all_resolved": "",
     "repeat": "still firing",
-    "capped": "cap reached",
     "digest": "digest",
     "test": "test",
 }

@@ -144,11 +144,15 @@ def quiet(route: Route, intervals: Iterable[TimeInterval], now: float) -> bool:
 
 
 class Update(NamedTuple):
-    """Why something is to be told, of which alerts, and which others fire beside them. Riskiest first."""
+    """Why something is to be told, of which alerts, and which others fire beside them. Riskiest first.
+
+    `muted` fire, too, and have been told, but are not to be seen now: when all is told to be over, so are they.
+    """
 
     reason: Reason
     news: tuple[Alert, ...]
     others: tuple[Alert, ...] = ()
+    muted: tuple[Alert, ...] = ()
 
 
 def needs_update(
@@ -235,7 +239,7 @@ def compose(
     """
     news = update.news[: min(MOST_COVERED, limits.shown if limits.whole else MOST_COVERED)]
     shown = list(_fitting(news[: limits.shown]))
-    others = update.others if limits.context else ()
+    others = update.others if limits.context or not news else ()
     if update.reason == "repeat" or not news:
         shown = list(_fitting(others[: min(limits.shown, CONTEXT)]))
     elif others:
@@ -246,6 +250,9 @@ def compose(
         shown = list(_fitting([*shown, *others[:room]]))
     ids = {alert.id for alert in shown}
     covers = tuple(alert for alert in news if alert.id in ids) if limits.whole else news
+    covered = {alert.id: state(alert) for alert in covers}
+    for alert in _riskiest(update.muted)[: MOST_COVERED - len(covered)]:
+        covered[alert.id] = "resolved"
     shown.sort(key=lambda alert: (not alert.firing, -alert.risk, alert.starts_at, alert.id))
     made = Notification(
         id="",
@@ -256,8 +263,8 @@ def compose(
         time=moment(now),
         sequence=sequence,
         alerts=tuple(replace(alert, told=_word(alert, integration)) for alert in shown),
-        covered={alert.id: state(alert) for alert in covers},
-        truncated=sum(alert.id not in ids for alert in (*(covers if limits.whole else update.news), *others)),
+        covered=covered,
+        truncated=sum(alert.id not in ids for alert in (*(covers if limits.whole else update.news), *update.others)),
         note=note,
         spent=dict(spent or {}),
     )

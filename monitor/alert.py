@@ -22,7 +22,7 @@ Resolution = Literal["recovered", "ended", "resolved", "forgotten", "expired"]
 State = Literal["warning", "critical", "info", "resolved"]
 STATES: tuple[State, ...] = ("warning", "critical", "info", "resolved")
 # Why a notification goes out.
-Reason = Literal["first", "new_alerts", "escalated", "resolved", "all_resolved", "repeat", "capped", "digest", "test"]
+Reason = Literal["first", "new_alerts", "escalated", "resolved", "all_resolved", "repeat", "digest", "test"]
 
 
 class Alert(Struct, frozen=True, kw_only=True, omit_defaults=True):

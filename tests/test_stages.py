@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ from timeline import (
 
 from alerts.config import AlertmanagerConfig, AlertsConfig, InhibitRule, PagerDutyConfig, Receiver, TimeInterval
 from alerts.groups import Groups
+from alerts.pagerduty import action
 from alerts.stages import Inhibition, Limits, Update, compose, moment, needs_update, places, quiet, silenced
 from monitor.actions import Silence
 from monitor.alert import Alert, Notification, labels, state
@@ -125,6 +127,90 @@ def test_pagerduty_hears_that_somebody_has_seen_it() -> None:
     t.want(between(0, 1), told("a critical"))
     t.want(between(100, 101), told(reason="repeat"))
     t.run(600)
+
+
+def duty(**given: Any) -> Timeline:
+    """Groups of PagerDuty's, told at once."""
+    ops = Receiver(name="ops", integrations=(PagerDutyConfig(receiver="ops", routing_key_file=Path("key")),))
+    return Timeline(rules(route(group_wait=0, repeat_interval=9 * DAY), receivers=(ops,), **given))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_fires_unseen_when_its_incident_is_resolved_opens_another_once_it_is_seen(restarted: bool) -> None:
+    t = duty()
+    t.at(0, turns("a", *BAD), turns("b", *BAD))
+    t.at(100, silence(600, conversation_id="b"))
+    t.at(200, turns("a", *WELL))
+    if restarted:
+        t.at(300, restart())
+    t.run_quietly(HOUR)
+    assert [(at, one.reason, action(one)) for at, one in t.sent] == [
+        (0, "first", "trigger"),
+        (200, "all_resolved", "resolve"),
+        (700, "first", "trigger"),
+    ]
+    assert dict(t.covered(t.sent[2][1])) == {"b": "critical"}
+    t.at(2 * HOUR, turns("b", *WELL))
+    t.run_quietly(2 * HOUR)
+    assert [action(one) for _, one in t.sent[3:]] == ["resolve"]
+
+
+def test_what_ends_unseen_is_not_told_to_be_over_twice() -> None:
+    t = duty()
+    t.at(0, turns("a", *BAD), turns("b", *BAD))
+    t.at(100, silence(600, conversation_id="b"))
+    t.at(200, turns("a", *WELL))
+    t.at(300, turns("b", *WELL))
+    t.run_quietly(HOUR)
+    assert [action(one) for _, one in t.sent] == ["trigger", "resolve"]
+
+
+def test_what_a_fleet_shift_mutes_is_new_after_its_incident_was_resolved() -> None:
+    rule = InhibitRule(source=parse_matchers('kind="fleet_shift"'), target=parse_matchers('kind!="fleet_shift"'))
+    t = duty(inhibit_rules=(rule,))
+    t.at(0, turns("a", *BAD), turns("b", *BAD))
+    t.at(100, shift("bank"))  # a group of its own
+    t.at(200, turns("a", *WELL))
+    t.at(300, resolve(""))
+    t.run_quietly(HOUR)
+    shop = [one for _, one in t.sent if one.labels == {"deployment": "shop"}]
+    assert [action(one) for one in shop] == ["trigger", "resolve", "trigger"]
+
+
+def test_the_muted_are_too_many_for_one_record_and_are_told_of_all_the_same() -> None:
+    update = needs_update([alert("a", **OVER)], {"e-a": "critical"})
+    assert update is not None
+    muted = tuple(alert("x", id=f"e{number}", risk=float(number)) for number in range(3000))
+    made = composed(update._replace(muted=muted), Limits(100))
+    assert len(made.covered) == 1000 and made.covered["e-a"] == made.covered["e2999"] == "resolved"
+    assert [one.id for one in made.alerts] == ["e-a"] and made.truncated == 0
+
+
+def test_an_incident_stays_open_though_a_refused_message_shows_the_others_no_more() -> None:
+    update = needs_update([alert("a", **OVER), alert("b")], {"e-a": "critical", "e-b": "critical"})
+    assert update is not None
+    made = composed(update, Limits(1, whole=True, context=False))
+    assert made.status == "resolved" and made.truncated == 1 and action(made) == "trigger"
+
+
+def test_a_repeat_shows_what_fires_though_a_message_was_refused() -> None:
+    update = needs_update([alert("a"), alert("b")], {"e-a": "critical", "e-b": "critical"}, repeat=True)
+    assert update is not None
+    made = composed(update, Limits(1, whole=True, context=False))
+    assert len(made.alerts) == 1 and made.truncated == 1
+
+
+def test_other_rules_try_at_once_what_was_refused() -> None:
+    alerts = {"e-a": alert("a")}
+    groups = Groups(rules(route(group_wait=0)), alerts)
+    groups.mode(True)
+    groups.put(alerts["e-a"])
+    (made,) = groups.due(BEGIN)
+    groups.refused(made, BEGIN)
+    assert groups.due(BEGIN + 60) == []
+    groups.configure(rules(route(group_wait=0, group_interval=5)))
+    (again,) = groups.due(BEGIN + 61)
+    assert again.covered == made.covered
 
 
 def test_somebody_resolves_it_and_it_becomes_worse() -> None:
@@ -383,6 +469,110 @@ def test_100_000_open_episodes_cost_what_changes_among_them() -> None:
     assert time.process_time() - began < 20.0  # every group has 2,000 members; a look at all of them is minutes
 
 
+class Looked(dict[str, Alert]):
+    """Alerts, and how often one was looked at."""
+
+    times = 0
+
+    def __getitem__(self, id: str) -> Alert:
+        self.times += 1
+        return super().__getitem__(id)
+
+
+@pytest.mark.parametrize("channel", ["alertmanager", "webhook"])
+def test_what_changes_nothing_costs_no_look_at_the_others(channel: str) -> None:
+    alerts, groups = open_episodes(channel, 2000)
+    alerts.times = 0
+    for number in range(200):
+        worse = replace(alerts[f"e{number}"], value=9.0, turn=7)
+        alerts[worse.id] = worse
+        groups.put(worse)
+        assert groups.due(BEGIN + number) == []
+    assert alerts.times < 1000
+
+
+def test_in_alertmanager_a_change_costs_no_look_at_what_has_not_changed() -> None:
+    alerts, groups = open_episodes("alertmanager", 2000)
+    alerts.times = 0
+    for number in range(100):
+        second = BEGIN + number
+        new = alert("x", id=f"new{number}", changed=second)
+        over = replace(alerts[f"e{number}"], ends_at=moment(second), resolution="recovered", changed=second)
+        for one in (new, over):
+            alerts[one.id] = one
+            groups.put(one)
+        (made,) = groups.due(second)
+        assert made.covered == {new.id: "critical", over.id: "resolved"} and made.reason == "new_alerts"
+        groups.sent(made)
+        assert groups.due(second) == []
+    assert alerts.times < 5000
+    last = replace(alerts["e1000"], ends_at=moment(BEGIN), resolution="recovered")
+    alerts[last.id] = last
+    groups.put(last)
+    (made,) = groups.due(BEGIN + 101)
+    assert made.reason == "resolved", "others fire, though none of them was looked at"
+
+
+def test_in_alertmanager_an_end_while_its_beginning_is_under_way_is_told_and_what_was_muted_is() -> None:
+    alerts, groups = open_episodes("alertmanager", 0)
+    alerts["e-a"] = alert("a")
+    groups.put(alerts["e-a"])
+    (begun,) = groups.due(BEGIN)
+    alerts["e-a"] = alert("a", **OVER)
+    groups.put(alerts["e-a"])
+    assert groups.due(BEGIN + 1) == []
+    groups.sent(begun)
+    (ended,) = groups.due(BEGIN + 2)
+    assert ended.covered == {"e-a": "resolved"} and ended.reason == "all_resolved"
+    groups.sent(ended)
+    groups.silence([Silence(moment(BEGIN + 100), conversation_id="b")])
+    for name in "bc":
+        alerts[f"e-{name}"] = alert(name)
+        groups.put(alerts[f"e-{name}"])
+    (one,) = groups.due(BEGIN + 3)
+    assert one.covered == {"e-c": "critical"}
+    groups.sent(one)
+    (unmuted,) = groups.due(BEGIN + 100)
+    assert unmuted.covered == {"e-b": "critical"}
+    groups.refused(unmuted, BEGIN + 100)
+    assert groups.due(BEGIN + 101) == []
+    (again,) = groups.due(BEGIN + 100 + 2 * HOUR)
+    assert again.covered == {"e-b": "critical"}
+
+
+def test_in_alertmanager_what_goes_to_another_group_before_its_turn_is_told_there_alone() -> None:
+    there = Receiver(name="ops", integrations=(AlertmanagerConfig(receiver="ops", url="http://am:9093"),))
+    t = Timeline(rules(route(group_by=("severity",)), receivers=(there,)), live=False)
+    t.at(0, turns("a", *WARN), turns("b", *WARN))
+    t.at(5, turns("a", -9.0))
+    t.at(10, lambda one: one.groups.mode(True))
+    t.at(20, turns("b", -9.0))
+    t.at(30, turns("b", *WELL))
+    t.want(between(10, 11), told("a critical"))
+    t.want(between(10, 11), told("b warning"))
+    t.want(between(20, 21), told("b critical"))
+    t.want(between(30, 31), told("b resolved"))
+    t.want(between(30, 31), told("b resolved"))
+    t.run(HOUR)
+
+
+def open_episodes(channel: str, many: int) -> tuple[Looked, Groups]:
+    """So many alerts of one deployment, all of them told."""
+    here = (
+        AlertmanagerConfig(receiver="ops", url="http://am:9093")
+        if channel == "alertmanager"
+        else webhook("ops").integrations[0]
+    )
+    alerts = Looked()
+    groups = Groups(rules(route(group_wait=0), receivers=(Receiver(name="ops", integrations=(here,)),)), alerts)
+    groups.mode(True)
+    for number in range(many):
+        alerts[f"e{number}"] = alert("x", id=f"e{number}", told={here.name: "critical"})
+        groups.put(alerts[f"e{number}"])
+    assert groups.due(BEGIN) == []
+    return alerts, groups
+
+
 def test_a_record_of_the_worst_alerts_is_bounded() -> None:
     worst, limits = "\U0001f9ff" * 256, Limits(1000, whole=True)
     many = tuple(
@@ -512,9 +702,13 @@ def test_the_id_of_a_notification_is_the_hash_of_all_it_says() -> None:
 def group(alerts: list[Alert]) -> Notification:
     update = needs_update(alerts, {})
     assert update is not None
+    return composed(update, Limits(100))
+
+
+def composed(update: Update, limits: Limits) -> Notification:
     return compose(
         update,
-        Limits(100),
+        limits,
         integration="log/log[0]",
         group="g",
         group_labels={"deployment": "shop"},
