@@ -206,12 +206,13 @@ def test_who_does_not_read_what_it_is_sent_is_cut_off_and_who_reads_is_not(monke
                 while data := deaf.recv(1 << 20):
                     got += len(data)
         assert got < 60_000_000
+        monkeypatch.setattr(server, "UNREAD_SECONDS", 2.0)  # less than all pauses, far more than one
         with httpx.stream("GET", f"http://127.0.0.1:{port}/", timeout=30) as answer:
             read = 0
             for number, chunk in enumerate(answer.iter_bytes()):
                 read += len(chunk)
-                if number in (10, 100, 200):
-                    time.sleep(0.2)  # it pauses, but it reads
+                if number in (10, 100, 200, 300, 400):
+                    time.sleep(0.5)  # it pauses, but it reads
         assert read == 65_536_000
 
 
