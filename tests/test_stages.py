@@ -110,6 +110,16 @@ def test_what_fires_is_repeated_until_somebody_has_seen_it_and_its_end_is_told_a
     t.run(8 * HOUR)
 
 
+@pytest.mark.parametrize("anew", [restart(), lambda one: one.configure(one.config)])
+def test_what_fires_is_repeated_after_a_restart_or_by_other_rules_too(anew: Any) -> None:
+    t = Timeline(route(group_wait=0, repeat_interval=HOUR))
+    t.at(0, turns("a", *BAD))
+    t.at(100, anew)
+    t.want(between(0, 1), told("a critical"))
+    t.want(between(HOUR, HOUR + 2), told(reason="repeat"))
+    t.run(1.5 * HOUR)
+
+
 def test_an_escalation_is_told_though_somebody_has_seen_the_warning() -> None:
     t = Timeline(route(group_wait=30))
     t.at(0, turns("a", *WARN))
