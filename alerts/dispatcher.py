@@ -59,6 +59,7 @@ CAUGHT_UP_SECONDS = 60.0
 KEPT_SECONDS = 7 * 86_400.0
 MOST_KEPT = 10_000  # alerts that are over; twice as many where their end has still to be told
 TIDY_SECONDS = 600.0
+TIDIED_AT_ONCE = 5_000  # and the others a moment later: to write it down takes time that pages do not have
 JUMP_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.2
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -115,8 +116,6 @@ class Dispatcher:
         self._holder = holder or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._clock = clock
         self._ticks = ticks
-        self._landed: queue.SimpleQueue[Landed] = queue.SimpleQueue()
-        self._landing: dict[str, set[str]] = {}  # integration → ids of what has landed, and is not taken in
         self._wake = threading.Event()
         self._threads = False
         self._deliveries: dict[str, Delivery] = {}
@@ -131,6 +130,8 @@ class Dispatcher:
     def _begin_anew(self) -> None:
         """Nothing is known: what others did in the meantime is in the log."""
         self._loaded = False
+        self._landed: queue.SimpleQueue[Landed] = queue.SimpleQueue()
+        self._landing: dict[str, set[str]] = {}  # integration → ids of what has landed, and is not taken in
         self._table = Table(lambda alert: self._groups.put(alert))
         self._groups = Groups(self._config, self._table.alerts, _held_back)
         self._journal = Journal(self._log, self._store, self._table, self._clock, self._ticks)
@@ -439,7 +440,7 @@ class Dispatcher:
                     self._deliveries[notification.integration].send(notification)
                 case "left" | "too_old" | "broken":
                     self._groups.dropped(notification)
-            self._landing[notification.integration].discard(notification.id)
+            self._landing.get(notification.integration, set()).discard(notification.id)
             if error is not None:
                 raise error
 
@@ -465,13 +466,15 @@ class Dispatcher:
         if self._ticks() >= self._tidy_next:
             self._tidy_next = self._ticks() + TIDY_SECONDS
             try:
-                self.tidy()
+                if self.tidy() == TIDIED_AT_ONCE:
+                    self._tidy_next = self._ticks() + RENEW_SECONDS
             except LogError as error:
                 _log.info("old alerts are withdrawn later", problem=error.problem)
 
     def tidy(self) -> int:
         """Forget alerts that have been over for seven days, and those of forgotten conversations, once their end is
-        told; untold ends are waited for as long again, or until there are twice as many as are kept. Says how many.
+        told; untold ends are waited for as long again, or until there are twice as many as are kept. Says how many,
+        5,000 at most.
 
         Raises:
             LogError: as the log does.
@@ -480,8 +483,11 @@ class Dispatcher:
         over = sorted(
             (alert for alert in self._table.alerts.values() if not alert.firing), key=lambda alert: alert.changed
         )
-        gone, untold = [], 0
+        gone: list[str] = []
+        untold = 0
         for number, alert in enumerate(over):
+            if len(gone) == TIDIED_AT_ONCE:
+                break
             too_many, owed = number < len(over) - MOST_KEPT, self._groups.owes(alert)
             if not owed and (too_many or alert.changed < before or alert.resolution == "forgotten"):
                 gone.append(alert.id)

@@ -21,6 +21,7 @@ from service import CONFIG, message, projection
 from tiny import environment
 
 from alerts.config import AlertsConfig, Receiver, Route
+from alerts.delivery import Landed
 from alerts.dispatcher import BATCH, LEASE, Dispatcher
 from alerts.receivers import AlertmanagerConfig, LogConfig, WebhookConfig
 from alerts.rules import one_log
@@ -828,6 +829,23 @@ def test_what_has_still_to_be_told_is_not_forgotten(house: House, monkeypatch: p
     assert house.dispatcher.tidy() == 4 - gone - most
 
 
+def test_old_alerts_go_in_parts_and_soon(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alerts.dispatcher.MOST_KEPT", 1)
+    monkeypatch.setattr("alerts.dispatcher.TIDIED_AT_ONCE", 2)
+    for number in range(6):
+        house.say(f"c{number}", LOW)
+        house.say(f"c{number}", BACK, first=3, age=0)
+    house.work()
+    house.dispatch()
+    kept = []
+    house.pass_time(601)
+    for _ in range(4):
+        house.dispatch()
+        kept.append(len(house.alerts()))
+        house.pass_time(5.1)
+    assert kept == [4, 2, 1, 1]
+
+
 def test_who_lost_the_lease_sends_nothing_of_what_was_under_way(house: House) -> None:
     house.say("c", LOW)
     house.work()
@@ -850,6 +868,22 @@ def test_who_lost_the_lease_sends_nothing_of_what_was_under_way(house: House) ->
     house.pass_time(1.1)
     house.dispatch()
     assert house.channel.told == [("c", "critical")]
+
+
+def test_what_was_handed_back_before_the_lease_was_lost_is_not_sent_after(house: House) -> None:
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    (one,) = house.channel.taken
+    house.dispatcher._take_back(Landed(one, "left"))
+    house.store.release(LEASE, "one")
+    assert house.store.lease(LEASE, "two", 600.0)
+    house.pass_time(5.1)
+    assert house.dispatcher.run_once() == 0
+    house.store.release(LEASE, "two")
+    house.pass_time(1.1)
+    house.dispatch()
+    assert house.channel.taken == [one]
 
 
 def test_what_was_just_told_is_known_before_it_is_said_again(house: House) -> None:
