@@ -19,6 +19,7 @@ from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import format_datetime, parseaddr
 from html import escape
+from typing import NamedTuple
 
 import structlog
 
@@ -32,11 +33,20 @@ from monitor.errors import ChannelError, ChannelUnavailable
 __all__ = ["EmailChannel", "mail"]
 
 MOST_SUBJECT = 200
+MOST_TRIES = 60  # of those that others have taken: at 15 to 30 s between them some 20 minutes, longer than greylisting
+MOST_REMEMBERED = 500
 STEPS = 3.0  # the whole delivery takes at most so many times the timeout of one step
 ASCII_POLICY = SMTP.clone(cte_type="7bit")
 
 _STYLE = "font-family:sans-serif;line-height:1.45;max-width:46em"
 _log = structlog.get_logger("anchorwatch.email")
+
+
+class _Rest(NamedTuple):
+    """Who is still to have a mail, and how often they have been tried."""
+
+    addresses: tuple[str, ...]
+    tries: int = 0
 
 
 class EmailChannel:
@@ -51,26 +61,52 @@ class EmailChannel:
         self.send_resolved = integration.send_resolved
         self._integration = integration
         self._config = config
+        self._left: dict[str, _Rest] = {}  # by notification, of those that somebody has taken
 
     def deliver(self, notification: Notification) -> None:
         """Hand it to the mail server. See `Channel.deliver`.
 
-        Where the server takes it for some of the addresses only, and may take it for the others later, all are tried
-        again: better twice than never.
+        Where the server takes it for some of the addresses only, and may take it for the others later, those others
+        alone are tried again, and in the end given up with a word in the log. Which they are is remembered for the
+        last 500 such mails, not over a restart.
         """
+        rest = self._left.get(notification.id, _Rest(self._integration.to))
+        partly = rest.tries > 0
         message = mail(notification, self._config, self._integration)
-        with _failures(self._where):
-            refused = self._hand_over(message)
-        later = [code for code, _ in refused.values() if 400 <= code < 500]
+        try:
+            with _failures(self._where):
+                refused = self._hand_over(message, rest.addresses)
+        except ChannelUnavailable:
+            raise
+        except ChannelError as error:
+            if not partly:
+                raise
+            self._give_up(notification, len(rest.addresses), problem=error.problem)
+            return
+        if not partly and all(address in refused for address in rest.addresses):
+            raise _answered(self._where, min(refused.values()), "it takes none of the addresses: see `to`")
+        if never := [code for code in refused.values() if code >= 500]:
+            self._give_up(notification, len(never), code=never[0])
+        later = tuple(address for address, code in refused.items() if code < 500)
+        if later and rest.tries + 1 < MOST_TRIES:
+            self._left[notification.id] = _Rest(later, rest.tries + 1)
+            if len(self._left) > MOST_REMEMBERED:
+                del self._left[next(iter(self._left))]
+            code = refused[later[0]]
+            raise ChannelUnavailable(f"{self._where} does not take {len(later)} of the addresses now ({code})")
         if later:
-            raise ChannelUnavailable(f"{self._where} does not take {len(later)} of the addresses now ({later[0]})")
-        if refused:
-            _log.error(
-                "the mail server refuses some of the addresses for ever",
-                integration=self.name,
-                addresses=len(refused),
-                code=next(iter(refused.values()))[0],
-            )
+            self._give_up(notification, len(later), code=refused[later[0]])
+        self._left.pop(notification.id, None)
+
+    def _give_up(self, notification: Notification, addresses: int, **why: object) -> None:
+        self._left.pop(notification.id, None)
+        _log.error(
+            "the mail server has taken a mail for some of the addresses; the others are not told",
+            integration=self.name,
+            notification=notification.id,
+            addresses=addresses,
+            **why,
+        )
 
     def keep_firing(self, alerts: Sequence[Alert]) -> None:
         """Nothing to say again: a mail stays."""
@@ -82,8 +118,8 @@ class EmailChannel:
     def _where(self) -> str:
         return f"{self._integration.host}:{self._integration.port}"
 
-    def _hand_over(self, message: EmailMessage) -> dict[str, tuple[int, bytes]]:
-        """One conversation with the server; says which addresses it refused."""
+    def _hand_over(self, message: EmailMessage, addresses: Sequence[str]) -> dict[str, int]:
+        """One conversation with the server; says which of the addresses it refused, and how."""
         one = self._integration
         password = read_secret(one.password_file) if one.password_file else ""
         context = ssl.create_default_context()
@@ -97,10 +133,13 @@ class EmailChannel:
                     server.starttls(context=context)
                 if one.username:
                     server.login(one.username, password)
-                refused = server.send_message(message, parseaddr(one.sender)[1], list(one.to))
+                try:
+                    refused = server.send_message(message, parseaddr(one.sender)[1], list(addresses))
+                except smtplib.SMTPRecipientsRefused as error:  # by a 421 also those that come after it
+                    return {address: error.recipients.get(address, (421, b""))[0] for address in addresses}
                 with contextlib.suppress(smtplib.SMTPException, OSError):  # it is taken: nothing after that matters
                     server.quit()
-                return refused
+                return {address: code for address, (code, _) in refused.items()}
             finally:
                 server.close()
 
@@ -221,11 +260,10 @@ def _failures(where: str) -> Iterator[None]:
             f"{where} offers no STARTTLS, or no login, or no addresses beyond ASCII",
             cure="see its port: with `tls: tls` it is mostly 465, with `tls: starttls` 587",
         ) from None
-    except smtplib.SMTPRecipientsRefused as error:
-        codes = sorted(code for code, _ in error.recipients.values())
-        raise _answered(where, codes[0], "it takes none of the addresses: see `to`") from None
     except smtplib.SMTPAuthenticationError as error:
-        raise _answered(where, error.smtp_code, "it does not accept user and password: see their files") from None
+        raise ChannelUnavailable(  # however it says so: with the right password the same mail is taken
+            f"{where} answers {error.smtp_code}", cure="it does not accept user and password: see their files"
+        ) from None
     except smtplib.SMTPResponseException as error:
         raise _answered(where, error.smtp_code, "see its own log for what it misses") from None
     except (smtplib.SMTPException, OSError) as error:

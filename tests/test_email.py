@@ -28,10 +28,11 @@ from msgspec.structs import replace
 from notices import HOSTILE, NAMES, RULES, alert, hostile, notification, over, texts
 from structlog.testing import capture_logs
 
+import alerts.email as emails
 from alerts.channel import Channel
 from alerts.channels import open_channel
 from alerts.config import EmailConfig
-from alerts.email import mail
+from alerts.email import EmailChannel, mail
 from alerts.escape import shown
 from monitor.alert import Notification
 from monitor.errors import ChannelError, ChannelUnavailable
@@ -257,9 +258,9 @@ def test_over_tls_with_a_password(
         with pytest.raises(ChannelUnavailable, match="can't be read"):
             channel.deliver(notification(alert()))
         file.write_text("wrong-s3cr3t\n")
-        with pytest.raises(ChannelError, match="535") as caught:
+        with pytest.raises(ChannelUnavailable, match="535") as caught:  # it is no fault of the alert's
             channel.deliver(notification(alert()))
-        assert not caught.value.retry and "s3cr3t" not in str(caught.value) and caught.value.cure
+        assert "s3cr3t" not in str(caught.value) and caught.value.cure
         file.write_text("right\n")
         channel.deliver(notification(alert()))
     assert len(box.taken) == 1 and box.secure == [True] and box.users[-1] == ("aw", "right")
@@ -323,6 +324,119 @@ def test_addresses_that_are_refused(refused: dict[str, str], raised: type[Channe
     if raised and caught:
         assert type(caught.value) is raised and "example.com" not in str(caught.value)
     assert [one.rcpt_tos for one in box.taken] == ([["lead@example.com"]] if len(refused) == 1 else [])
+
+
+FULL = {"full@example.com": "452 mailbox full"}
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bounds that a test can reach."""
+    for bound in ("MOST_TRIES", "MOST_REMEMBERED"):
+        assert getattr(emails, bound) > 5
+        monkeypatch.setattr(emails, bound, 5)
+    return 5
+
+
+def refusing(box: Box, answers: dict[str, str]) -> None:
+    """The addresses that it is not to take, and how it says so."""
+    box.refuse = answers.get
+
+
+def test_who_has_taken_it_is_not_sent_it_again_while_another_can_not() -> None:
+    box = Box()
+    refusing(box, FULL)
+    with server(box) as port:
+        channel = opened(port, to=("ann@example.com", "full@example.com", "bob@example.com"))
+        for _ in range(5):
+            with pytest.raises(ChannelUnavailable, match=r"1 of the addresses.*452"):
+                channel.deliver(notification(alert()))
+        assert [one.rcpt_tos for one in box.taken] == [["ann@example.com", "bob@example.com"]]
+        with pytest.raises(ChannelUnavailable):
+            channel.deliver(notification(alert(), id="n-0002"))  # another one is for all
+        refusing(box, {})
+        channel.deliver(notification(alert()))
+        assert [one.rcpt_tos for one in box.taken[1:]] == [["ann@example.com", "bob@example.com"], ["full@example.com"]]
+        assert box.taken[0].content == box.taken[2].content, "the same mail"
+        channel.deliver(notification(alert()))
+        assert len(box.taken[3].rcpt_tos) == 3, "what is over is forgotten"
+
+
+def test_who_can_not_take_it_is_given_up_with_a_word_but_never_before_anybody_has(few: int) -> None:
+    box = Box()
+    refusing(box, FULL)
+    with server(box) as port, capture_logs() as logs:
+        channel = opened(port, to=("ann@example.com", "full@example.com"))
+        for _ in range(few - 1):
+            with pytest.raises(ChannelUnavailable):
+                channel.deliver(notification(alert()))
+        assert logs == []
+        channel.deliver(notification(alert()))
+        assert len(box.taken) == 1
+        assert [(one["log_level"], one["addresses"], one["code"]) for one in logs] == [("error", 1, 452)]
+        assert "example.com" not in str(logs)
+        alone = opened(port, to=("full@example.com",))
+        for _ in range(few + 2):
+            with pytest.raises(ChannelUnavailable, match="452"):
+                alone.deliver(notification(alert()))
+    assert len(logs) == 1 and len(box.taken) == 1
+
+
+@pytest.mark.parametrize("then", ["550 no such user", "DATA"])
+def test_a_later_refusal_for_ever_does_not_tell_the_others_anew(then: str) -> None:
+    box = Box()
+    refusing(box, FULL)
+    with server(box) as port, capture_logs() as logs:
+        channel = opened(port, to=("ann@example.com", "full@example.com"))
+        with pytest.raises(ChannelUnavailable):
+            channel.deliver(notification(alert()))
+        if then == "DATA":
+            refusing(box, {})
+            box.answer = "554 spam"
+        else:
+            refusing(box, {"full@example.com": then})
+        channel.deliver(notification(alert()))  # an error here would be told to all, in other words
+    assert len(box.taken) == 1
+    assert [(one["log_level"], one["addresses"]) for one in logs] == [("error", 1)]
+
+
+def test_while_the_server_is_away_nobody_is_given_up(few: int) -> None:
+    box = Box()
+    refusing(box, FULL)
+    with server(box) as port:
+        channel = opened(port, to=("ann@example.com", "full@example.com"))
+        with pytest.raises(ChannelUnavailable):
+            channel.deliver(notification(alert()))
+    for _ in range(few + 2):
+        with pytest.raises(ChannelUnavailable, match="refused"):
+            channel.deliver(notification(alert()))
+
+
+def test_a_server_that_hangs_up_at_an_address_has_taken_it_for_nobody() -> None:
+    box = Box()
+    refusing(box, {"ann@example.com": "421 too busy"})
+    with server(box) as port:
+        channel = opened(port, to=("ann@example.com", "bob@example.com"))
+        with pytest.raises(ChannelUnavailable, match="421"):
+            channel.deliver(notification(alert()))
+        refusing(box, {})
+        channel.deliver(notification(alert()))
+    assert [one.rcpt_tos for one in box.taken] == [["ann@example.com", "bob@example.com"]]
+
+
+def test_what_is_remembered_of_mails_is_bounded(few: int) -> None:
+    box = Box()
+    refusing(box, FULL)
+    with server(box) as port:
+        channel = opened(port, to=("ann@example.com", "full@example.com"))
+        assert isinstance(channel, EmailChannel)
+        for number in range(few + 20):
+            with pytest.raises(ChannelUnavailable):
+                channel.deliver(notification(id=f"n-{number}"))
+        assert len(channel._left) == few
+        with pytest.raises(ChannelUnavailable):
+            channel.deliver(notification(id=f"n-{few + 19}"))
+    assert len(box.taken) == few + 20, "those of late are known"
 
 
 # Servers that lie.
