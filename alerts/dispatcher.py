@@ -473,8 +473,8 @@ class Dispatcher:
 
     def tidy(self) -> int:
         """Forget alerts that have been over for seven days, and those of forgotten conversations, once their end is
-        told; untold ends are waited for as long again, or until there are twice as many as are kept. Says how many,
-        5,000 at most.
+        told; an untold end is waited for as long again (of a forgotten conversation for seven days), or until there are
+        twice as many as are kept. Says how many, 5,000 at most.
 
         Raises:
             LogError: as the log does.
@@ -489,9 +489,11 @@ class Dispatcher:
             if len(gone) == TIDIED_AT_ONCE:
                 break
             too_many, owed = number < len(over) - MOST_KEPT, self._groups.owes(alert)
-            if not owed and (too_many or alert.changed < before or alert.resolution == "forgotten"):
+            forgotten = alert.resolution == "forgotten"
+            longest = before if forgotten else before - KEPT_SECONDS
+            if not owed and (too_many or forgotten or alert.changed < before):
                 gone.append(alert.id)
-            elif owed and (number < len(over) - 2 * MOST_KEPT or alert.changed < before - KEPT_SECONDS):
+            elif owed and (number < len(over) - 2 * MOST_KEPT or alert.changed < longest):
                 gone.append(alert.id)
                 untold += 1
         if untold:

@@ -829,6 +829,30 @@ def test_what_has_still_to_be_told_is_not_forgotten(house: House, monkeypatch: p
     assert house.dispatcher.tidy() == 4 - gone - most
 
 
+@pytest.mark.parametrize(("forgotten", "days"), [(False, 14), (True, 7)])
+def test_an_end_that_nobody_takes_is_not_waited_for_for_ever(house: House, forgotten: bool, days: int) -> None:
+    house.say("c", LOW)
+    house.work()
+    house.dispatch()
+    house.channel.fails = lambda notification: ChannelUnavailable("away", cure="wait")
+    if forgotten:
+        forget(house.log, "c", by="ann")
+    else:
+        append_action(house.log, "resolve", house.alerts()["c"].id, Acknowledgement(), by="ann")
+    house.work()
+    house.pass_time(1.1)
+    house.dispatch()
+    house.pass_time(60)
+    house.dispatch()
+    assert house.alerts()["c"].resolution == ("forgotten" if forgotten else "resolved")
+    house.pass_time((days - 1) * 86400)
+    house.dispatch()
+    assert set(house.alerts()) == {"c"}
+    house.pass_time(86400)
+    house.dispatch()
+    assert house.alerts() == {}
+
+
 def test_old_alerts_go_in_parts_and_soon(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alerts.dispatcher.MOST_KEPT", 1)
     monkeypatch.setattr("alerts.dispatcher.TIDIED_AT_ONCE", 2)
