@@ -7,6 +7,7 @@ write-ahead log needs shared memory, which network file systems lack.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 import time
@@ -213,20 +214,23 @@ class Database:
 
 
 def _torn(path: Path) -> bool:
-    """Whether the file ends within a page: SQLite would read zeros there. A write-ahead log may hold the rest."""
+    """Whether the file ends within a page: SQLite would read zeros there. A write-ahead log may hold the rest.
+
+    Only SQLite may open the file: to close a descriptor of it takes away every lock that this process has on it, and
+    whoever closes it next, anywhere, would delete the write-ahead log under those who still write there (sqlite.org,
+    "How to corrupt an SQLite database file", section 2.2).
+    """
     journal = path.with_name(path.name + "-wal")
     try:
-        if journal.is_file() and journal.stat().st_size:
-            return False
-        with path.open("rb") as file:
-            header = file.read(100)
         size = path.stat().st_size
-    except OSError:
-        return False  # missing, or not ours to read: SQLite has the words for that
-    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
-        return False
-    page_bytes = int.from_bytes(header[16:18], "big")
-    return page_bytes != 0 and size % (65536 if page_bytes == 1 else page_bytes) != 0  # of 0 SQLite says what is wrong
+        if size < 512 or (journal.is_file() and journal.stat().st_size):
+            return False
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
+            connection.execute("PRAGMA schema_version").fetchone()  # has the header read
+            page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
+    except (OSError, sqlite3.Error):
+        return False  # missing, not ours, or no database: SQLite has the words for that
+    return bool(size % page_bytes)
 
 
 def _write_ahead(connection: sqlite3.Connection) -> str:
