@@ -27,7 +27,7 @@ from monitor.alert import state
 from monitor.detect.baseline import DetectorConfig
 from monitor.errors import AnchorwatchError
 from monitor.settings import Settings
-from monitor.stream.log import DEAD_LETTERS, PROJECTIONS
+from monitor.stream.log import ACTIONS, DEAD_LETTERS, PROJECTIONS
 
 TESTS = Path(__file__).parent.parent
 PATIENCE = 60.0
@@ -351,9 +351,11 @@ class Cluster:
                 raise AssertionError(f"{process.name} ended with {process.code}:\n{process.tail()}")
 
     def told(self) -> bool:
-        """Whether nothing waits in the outbox, and whoever is to be told of an alert has been told how it is."""
-        with self.opened() as (_, store):
-            if store.pending(1):
+        """Whether nothing waits in the outbox, and whoever is to be told of an alert has been told how it is, by all
+        that is written down."""
+        with self.opened() as (log, store):
+            _, end, topic_id = log.span(ACTIONS, 0)
+            if store.pending(1) or store.actions_offset(topic_id) < end:
                 return False
             for alert in alerts_in(store).values():
                 words = set(alert.told.values())
