@@ -58,11 +58,17 @@ def build(
         from alerts.grafana import built, text
         from alerts.push import for_page
     _checked(page)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, dashboard in built().items():
-        file = out / f"{name}.json"
-        file.write_text(text(for_page(dashboard, page=page, data_source=data_source)), encoding="utf-8")
-        print(file)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, dashboard in built().items():
+            file = out / f"{name}.json"
+            file.write_text(text(for_page(dashboard, page=page, data_source=data_source)), encoding="utf-8")
+            print(file)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename or out} can't be written: {error.strerror}",
+            cure="name a folder that this user may write to",
+        ) from error
 
 
 @dashboards_app.command("push")

@@ -34,8 +34,8 @@ T = TypeVar("T")
 def status(as_json: AsJson = False) -> None:
     """Say whether anybody is told, how many alerts fire, and what each integration was last sent."""
     now = moment(datetime.now(UTC))
-    with open_log() as (_, log):
-        actions = read_actions(log)
+    with open_log() as (settings, log):
+        actions, rules = read_actions(log), settings.alerts_file
     mode, by, since = _mode(actions)
     fired = Counter(one.severity for one in _bodies(actions, "alert/", Alert) if one.firing)
     silences = sum(one.until > now for one in _bodies(actions, "silence/", Silence))
@@ -53,6 +53,8 @@ def status(as_json: AsJson = False) -> None:
         return
     told = f"by {by} since {since}" if by else "since it was installed: `anchorwatch alerts enable` goes live"
     say(f"mode       {mode}, {told}")
+    if rules is None and mode == "shadow":
+        say("           but there is no file of rules: every alert is a line of JSON, whatever the mode", stderr)
     say(f"firing     {fired['critical']} critical, {fired['warning']} warning, {fired['info']} info")
     say(f"silences   {silences} in force")
     for name, facts in integrations.items():

@@ -156,7 +156,8 @@ def up(bundle: str, config: DetectorConfig, settings: Settings) -> None:
     with running(settings, config, out=out, stop=stop) as found:
         places = f"{connect.shown(settings.log_url)} into {connect.shown(settings.store_url)}"
         _stderr.print(f"Folding {places}", highlight=False, soft_wrap=True)
-        told = f"by {settings.alerts_file}" if settings.alerts_file else f"as JSON lines in {out}"
+        rules = f"by {settings.alerts_file}, once `anchorwatch alerts enable` was said"
+        told = rules if settings.alerts_file else f"as JSON lines in {out}; no file of rules (ANCHORWATCH_ALERTS_FILE)"
         _stderr.print(f"Alerts: {told}", highlight=False, soft_wrap=True)
         _stderr.print(f"The page: {found.page}/", highlight=False, soft_wrap=True)
         stop.wait()

@@ -240,6 +240,13 @@ def run_demo(
     """
     console = console or Console(stderr=True)
     scripts = spread(load_scripts("demo"), conversations)
+    if data_dir is not None:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{data_dir} can't be made: {error.strerror}", cure="name a folder that this user may write to"
+            ) from error
     console.print(f"Loading {model} and its axis bundle …")
     loaded = load_model(model, say=console.print)
     axis = load_bundle(resolve_bundle(bundle))
@@ -266,7 +273,6 @@ def run_demo(
 
     with tempfile.TemporaryDirectory(prefix="anchorwatch-") as scratch:
         folder = data_dir or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         settings = _settings(folder, log_url, store_url)
         topic = _own_topic(settings.log_url, kafka)
         judging = (

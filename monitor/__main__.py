@@ -106,6 +106,12 @@ Override = Annotated[
 ]
 
 
+# What is not installed -> the extra that brings it.
+_EXTRAS = dict.fromkeys(("torch", "transformers", "httpx"), "collect") | dict.fromkeys(
+    ("fastapi", "starlette", "uvicorn", "jinja2"), "api"
+)
+
+
 def main() -> None:
     """Run the command line."""
     try:
@@ -115,10 +121,11 @@ def main() -> None:
         _stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in {"torch", "transformers", "httpx"}:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
             raise
         _stderr.print(
-            f"error: this command needs {error.name}\n  cure: pip install 'anchorwatch[collect]'", markup=False
+            f"error: this command needs {error.name}\n  cure: pip install 'anchorwatch[{extra}]'", markup=False
         )
         sys.exit(2)
 
@@ -145,8 +152,8 @@ def demo(
     conversations: Annotated[
         int | None, typer.Option(help="How many, spread over the kinds. [default: 4 a kind]")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 48,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest reply, in tokens.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     data_dir: Annotated[
         Path | None, typer.Option(help="Keep log and store here. [default: a temporary folder]")
     ] = None,
@@ -228,7 +235,13 @@ def dispatch(
     from alerts.dispatch import run
 
     settings = load_settings()
-    run(settings if config is None else settings.model_copy(update={"alerts_file": config}), out)
+    rules = config or settings.alerts_file
+    if out is not None and rules is not None:
+        raise ConfigurationError(
+            f"--out goes round the rules in {rules}: every alert would be told at once, also in shadow",
+            cure="leave --out away; or unset ANCHORWATCH_ALERTS_FILE",
+        )
+    run(settings.model_copy(update={"alerts_file": rules}), out)
 
 
 @app.command()
