@@ -26,6 +26,7 @@ from alerts.receivers import (
     read_receiver,
 )
 from alerts.section import Section, near
+from monitor.alert import LABELS
 from monitor.errors import ConfigurationError
 from monitor.events import Kind
 from monitor.matchers import Matcher, matches, parse_matchers
@@ -50,7 +51,6 @@ __all__ = [
 ]
 
 # What `monitor.alert.labels` gives: a matcher on another label would never be what somebody meant.
-LABELS = ("alertname", "severity", "kind", "deployment", "model", "persona", "conversation_id", "episode_id")
 VALUES: dict[str, tuple[str, ...]] = {
     "alertname": ("AnchorwatchPersonaDrift", "AnchorwatchFleetShift"),
     "severity": ("warning", "critical", "info"),

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -472,9 +473,14 @@ def show_summary(summary: dict[str, Any], demo: Demo, console: Console) -> None:
         console.print(f"Flagged though the script is healthy: {', '.join(loud)}.")
     console.print(
         f"{summary['responses']} responses, {summary['tokens']} tokens in {summary['seconds']} s "
-        f"({summary['tokens_per_second']} tokens/s). The tap's cost: {summary['tap_overhead']:+.1%} of decode time. "
+        f"({summary['tokens_per_second']} tokens/s). The tap's cost: {_cost(summary['tap_overhead'])}. "
         "A low projection is a permissive state, not proof of harm."
     )
+
+
+def _cost(overhead: float) -> str:
+    """A short measurement on a busy machine may well come out below nothing."""
+    return f"{overhead:.1%} of decode time" if overhead > 0 else "less than can be measured in so short a time"
 
 
 def finding_line(demo: Demo, finding: Finding) -> Text:
@@ -508,6 +514,11 @@ def spread(scripts: Sequence[Script], count: int | None) -> list[Script]:
         order[script.kind] += 1
     ranked = [script for _, script in sorted(rounds, key=lambda pair: pair[0])]
     wanted = 4 * len(order) if count is None else count
+    if 0 < wanted < len(order):  # of so few, some must drift: those kinds take turns with the healthy ones
+        first = ranked[: len(order)]
+        drifting = [script for script in first if script.kind in DRIFTING]
+        healthy = [script for script in first if script.kind in HEALTHY]
+        ranked = [script for pair in zip_longest(drifting, healthy) for script in pair if script is not None]
     if not 1 <= wanted <= len(ranked):
         raise ConfigurationError(
             f"--conversations {wanted} is out of range",

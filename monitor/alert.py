@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from monitor.events import Certification, Kind, Severity
 
-__all__ = ["STATES", "Alert", "Notification", "Reason", "Resolution", "State", "labels", "state"]
+__all__ = ["LABELS", "STATES", "Alert", "Notification", "Reason", "Resolution", "State", "labels", "state"]
 
 # Why an alert is over. recovered: the detector says so; ended: its conversation fell silent; resolved: somebody said
 # so; forgotten: its conversation was deleted; expired: a fleet shift's time is up.
@@ -123,6 +123,9 @@ class Notification(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def status(self) -> Literal["firing", "resolved"]:
         """Firing while any alert that it shows does."""
         return "firing" if any(alert.firing for alert in self.alerts) else "resolved"
+
+
+LABELS = ("alertname", "severity", "kind", "deployment", "model", "persona", "conversation_id", "episode_id")
 
 
 def labels(alert: Alert) -> dict[str, str]:

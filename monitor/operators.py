@@ -185,6 +185,8 @@ def verdict(
         else:
             append_action(log, "verdict", conversation, Verdict(label, turn, note), by=by)
         taken_in(settings, log)
+        if _is_kept(settings, conversation) is False:
+            stderr.print("note: the store knows no such conversation", markup=False)
     stdout.print("Withdrawn." if take_back else "Kept.")
 
 

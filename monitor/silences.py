@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from monitor.actions import Silence, append_action, body_of, read_actions
+from monitor.alert import LABELS
 from monitor.desk import AsJson, By, Note, duration, moment, open_log, say, stderr, taken_in
 from monitor.errors import ConfigurationError
 from monitor.events import Kind
@@ -47,6 +48,9 @@ def add(
         )
     if kind is not None and kind not in get_args(Kind):
         raise ConfigurationError(f"no finding is of kind {kind!r}", cure=f"give one of {', '.join(get_args(Kind))}")
+    for matcher in matchers:
+        if matcher.label not in LABELS:
+            raise ConfigurationError(f"no alert has a label {matcher.label!r}", cure=f"match on {', '.join(LABELS)}")
     until = moment(datetime.now(UTC) + duration(lasts))
     name = secrets.token_hex(4)
     with open_log() as (settings, log):

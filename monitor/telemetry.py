@@ -248,7 +248,7 @@ HELD_BACK = Counter(
 )
 DELIVERIES = Counter(
     "anchorwatch_deliveries_total",
-    "Attempts to deliver, by result: taken, unavailable ones are tried again, refused ones are given up",
+    "Attempts to deliver, by result: taken, unavailable ones are tried again, refused ones are the message's own fault",
     ["integration", "result"],
     registry=REGISTRY,
 )

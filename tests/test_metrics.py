@@ -233,9 +233,7 @@ def states(count: int, seed: int = 0) -> list[tuple[str, ConversationState]]:
     chance = random.Random(seed)
     found = []
     for number in range(count):
-        events = [
-            projection(f"c{number}", turn, chance.gauss(-0.3 * turn * (number % 9), 0.8)) for turn in range(4)
-        ]
+        events = [projection(f"c{number}", turn, chance.gauss(-0.3 * turn * (number % 9), 0.8)) for turn in range(4)]
         found.append((f"c{number}", fold(events)[-1][1].state))
     return found
 
