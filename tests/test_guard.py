@@ -151,7 +151,8 @@ def test_nothing_is_ever_sent_to_a_hostile_url(client: Client, url: str, connect
     with pytest.raises(ChannelError) as caught:
         client.post(url, b"alert", {})
     assert not connected
-    assert not caught.value.retry and caught.value.cure
+    # No alert's fault: it waits until somebody has corrected the address, and nothing is sent meanwhile.
+    assert caught.value.retry and caught.value.cure
     assert SECRET not in str(caught.value)
 
 
