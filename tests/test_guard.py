@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -118,10 +119,11 @@ URLS += [
 ]
 
 _connected: list[object] | None = None
+_others: set[int] = set()
 
 
 def _watch(event: str, arguments: tuple[object, ...]) -> None:
-    if event == "socket.connect" and _connected is not None:
+    if event == "socket.connect" and _connected is not None and threading.get_ident() not in _others:
         _connected.append(arguments[1])
 
 
@@ -130,8 +132,10 @@ sys.addaudithook(_watch)
 
 @pytest.fixture
 def connected() -> Iterator[list[object]]:
-    """Every address that this process connects to meanwhile."""
-    global _connected
+    """Every address that this thread, and those that begin meanwhile, connect to; not those of other tests' clients
+    that are still at it."""
+    global _connected, _others
+    _others = {thread.ident or 0 for thread in threading.enumerate()} - {threading.get_ident()}
     _connected = []
     yield _connected
     _connected = None
