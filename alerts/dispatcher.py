@@ -162,21 +162,21 @@ class Dispatcher:
             while not stop.is_set():
                 telemetry.DISPATCHER_LOOP.set(self._clock())
                 done = 0
-                if self._ticks() >= try_next:
-                    try:
+                try:
+                    if self._ticks() >= try_next:
                         done = self.run_once()
                         if failures:
                             _log.info("back again", failed_tries=failures)
                         failures = 0
-                    except StoreUnavailable as error:
-                        failures += 1
-                        self._lease_next = float("-inf")
-                        if failures & (failures - 1) == 0:  # a long outage must not fill the log file
-                            _log.warning("waiting", problem=error.problem, cure=error.cure, failed_tries=failures)
-                        wait = FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10)
-                        try_next = self._ticks() + min(LONGEST_BACKOFF_SECONDS, wait)
-                elif self._mine and self._loaded:
-                    done = self._tell()
+                    elif self._mine and self._loaded:
+                        done = self._tell()
+                except StoreUnavailable as error:
+                    failures += 1
+                    self._lease_next = float("-inf")
+                    if failures & (failures - 1) == 0:  # a long outage must not fill the log file
+                        _log.warning("waiting", problem=error.problem, cure=error.cure, failed_tries=failures)
+                    wait = FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10)
+                    try_next = self._ticks() + min(LONGEST_BACKOFF_SECONDS, wait)
                 if not done:
                     self._wake.wait(idle_seconds)
                     self._wake.clear()
