@@ -162,21 +162,21 @@ class Dispatcher:
             while not stop.is_set():
                 telemetry.DISPATCHER_LOOP.set(self._clock())
                 done = 0
-                try:
-                    if self._ticks() >= try_next:
+                if self._ticks() >= try_next:
+                    try:
                         done = self.run_once()
                         if failures:
                             _log.info("back again", failed_tries=failures)
                         failures = 0
-                    elif self._mine and self._loaded:
-                        done = self._tell()
-                except StoreUnavailable as error:
-                    failures += 1
-                    self._lease_next = float("-inf")
-                    if failures & (failures - 1) == 0:  # a long outage must not fill the log file
-                        _log.warning("waiting", problem=error.problem, cure=error.cure, failed_tries=failures)
-                    wait = FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10)
-                    try_next = self._ticks() + min(LONGEST_BACKOFF_SECONDS, wait)
+                    except StoreUnavailable as error:
+                        failures += 1
+                        self._lease_next = float("-inf")
+                        if failures & (failures - 1) == 0:  # a long outage must not fill the log file
+                            _log.warning("waiting", problem=error.problem, cure=error.cure, failed_tries=failures)
+                        wait = FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 10)
+                        try_next = self._ticks() + min(LONGEST_BACKOFF_SECONDS, wait)
+                elif self._mine and self._loaded:
+                    done = self._tell()
                 if not done:
                     self._wake.wait(idle_seconds)
                     self._wake.clear()
@@ -221,12 +221,14 @@ class Dispatcher:
         if len(fresh) < BATCH and self._ticks() >= self._jumped_at + self._config.idle_after:
             done += self._endings.check(self._clock(), CHECKS_AT_ONCE, self._operators.forgotten.keys())
         done += self._tell()
+        self._settle()
         self._now_and_then()
         if not self._threads:
             for delivery in self._deliveries.values():
                 while delivery.work():
                     done += 1
             done += self._tell()
+            self._settle()
         return done
 
     def _lease(self) -> bool:
@@ -407,7 +409,8 @@ class Dispatcher:
     # Telling.
 
     def _tell(self) -> int:
-        """Note what has landed, write down what is due, and send it; says how much that was."""
+        """Note what has landed, write down what is due, and send it; says how much that was. The store is not asked:
+        it may be away."""
         if self._reload is not None and self._ticks() >= self._reload_next:
             self._reload_next = self._ticks() + 1.0
             if (found := self._reload()) is not None:
@@ -419,7 +422,6 @@ class Dispatcher:
         self._journal.write()
         for notification in made:
             self._deliveries[notification.integration].send(notification)
-        self._settle()
         return done + len(made)
 
     def _land(self) -> int:

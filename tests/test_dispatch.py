@@ -977,6 +977,44 @@ def test_what_is_known_is_told_while_the_store_is_away(house: House) -> None:
         thread.join(20)
 
 
+def test_a_store_that_goes_away_before_findings_are_let_go_ends_nothing_and_is_not_asked_all_the_time(
+    house: House,
+) -> None:
+    settle, lease, asked = house.store.settle, house.store.lease, 0
+
+    def away(*arguments: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        house.store.lease = away  # type: ignore[method-assign]
+        raise StoreUnavailable("away", cure="wait")
+
+    house.store.settle = away  # type: ignore[method-assign]
+    house.say("c", LOW)
+    house.work()
+    stop = threading.Event()
+    thread = threading.Thread(target=house.dispatcher.run, args=(stop,))
+    thread.start()
+    try:
+        until(lambda: len(house.channel.lines) == 1)
+        rounds, tell = 0, house.dispatcher._tell
+
+        def counted() -> int:
+            nonlocal rounds
+            rounds += 1
+            return tell()
+
+        house.dispatcher._tell = counted  # type: ignore[method-assign]
+        until(lambda: rounds >= 5)  # it goes on telling; its clock stands still, so the store is not tried again
+        assert thread.is_alive() and asked == 1
+        house.store.settle, house.store.lease = settle, lease  # type: ignore[method-assign]
+        house.pass_time(60)
+        until(lambda: not house.store.pending(1))
+    finally:
+        stop.set()
+        thread.join(20)
+    assert len(house.channel.lines) == 1
+
+
 def test_a_slow_receiver_holds_up_neither_the_others_nor_the_intake(house: House) -> None:
     house.config = AlertsConfig(
         route=house.config.route,
